@@ -31,15 +31,13 @@ ORDER = (
 
 
 def modules():
-    for path in sorted(PACKAGE.rglob("*.py", recurse_symlinks=True)) if _RECURSE else _walk(PACKAGE):
+    for path in _walk(PACKAGE):
         parts = path.relative_to(ROOT).with_suffix("").parts
         yield ".".join(parts[:-1] if parts[-1] == "__init__" else parts), path
 
 
-_RECURSE = False  # Path.rglob follows symlinks by argument only from Python 3.13 on
-
-
 def _walk(folder):
+    """Path.rglob follows symlinks only from Python 3.13 on."""
     for entry in sorted(folder.iterdir()):
         if entry.is_dir() and entry.name != "__pycache__":
             yield from _walk(entry)
