@@ -1,0 +1,51 @@
+"""What one matmul kernel is, before anything is chosen about how it runs."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+
+from tvm_sparse.formats.base import FormatChoice
+
+CPU_ISAS = ("avx512", "avx2", "x86-64")
+"""The CPU code paths of one library, best first; "x86-64" runs everywhere and is what a spec names by default."""
+
+
+@dataclass(frozen=True)
+class KernelSpec:
+    """y[m, n] = x[m, k] @ W[n, k]^T with W packed: one kernel per spec, shared by every matrix it fits.
+
+    `m` is None where the number of tokens is a symbolic dimension. `arch` is "x86-64" (or another of CPU_ISAS once
+    a library's code paths are told apart), "sm_90a" or "sm_100a".
+    """
+
+    choice: FormatChoice
+    n: int
+    k: int
+    m: int | None
+    x_dtype: str
+    out_dtype: str
+    arch: str
+
+    @property
+    def device(self) -> str:
+        return "cuda" if self.arch.startswith("sm_") else "cpu"
+
+    @property
+    def name(self) -> str:
+        """A symbol name that tells kernels of one library apart (the arch is not part of it)."""
+        options = "".join(f"_{key}{value}" for key, value in self.choice.options)
+        tokens = "n" if self.m is None else str(self.m)
+        short = {"bfloat16": "bf16", "float32": "f32"}
+        types = f"{short[self.x_dtype]}_{short[self.out_dtype]}"
+        return f"matmul_{self.choice.name.replace(':', 'to')}{options}_{self.n}x{self.k}_m{tokens}_{types}"
+
+    def to_json(self) -> str:
+        facts = {**vars(self), "choice": [self.choice.name, [list(o) for o in self.choice.options]]}
+        return json.dumps(facts, sort_keys=True)
+
+    @staticmethod
+    def from_json(text: str) -> KernelSpec:
+        facts = json.loads(text)
+        name, options = facts.pop("choice")
+        return KernelSpec(FormatChoice(name, tuple((key, value) for key, value in options)), **facts)

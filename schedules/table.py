@@ -1,0 +1,77 @@
+"""The one table of matmul kernels: (format, device) -> the module that writes the kernel.
+
+Each module has two functions:
+  build(spec, decisions) -> PrimFunc   x [m, k], the format's buffers in order, y [m, n]
+  space(spec) -> tuple[Decision, ...]  what its schedule can choose, defaults included
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from importlib import import_module
+from types import ModuleType
+
+import tvm
+
+from tvm_sparse.errors import Refusal
+from tvm_sparse.schedules.spec import KernelSpec
+
+KERNEL_ATTRS = {"op_pattern": 8, "tirx.is_scheduled": True, "tirx.noalias": True}
+"""Keeps Relax from fusing a hand-written kernel (8: opaque) and the default schedules from touching it."""
+SPEC_ATTR = "tvm_sparse.spec"
+DECISIONS_ATTR = "tvm_sparse.decisions"
+
+KERNELS = {
+    (name, device): f"tvm_sparse.schedules.{device}.matmul_{file}"
+    for device in ("cpu", "cuda")
+    for name, file in {
+        "dense": "dense",
+        "bitmap": "bitmap",
+        "delta": "delta",
+        "2:4": "two_four",
+        "block": "block",
+    }.items()
+}
+
+
+@dataclass(frozen=True)
+class Decision:
+    """One thing a schedule chooses: MetaSchedule samples `choices`, without a record `default` stands."""
+
+    name: str
+    choices: tuple[int, ...]
+    default: int
+
+
+def _template(spec: KernelSpec) -> ModuleType:
+    try:
+        return import_module(KERNELS[spec.choice.name, spec.device])
+    except (KeyError, ModuleNotFoundError) as missing:
+        raise Refusal(f"no {spec.device} kernel for format {spec.choice}: choose another format") from missing
+
+
+def space(spec: KernelSpec) -> tuple[Decision, ...]:
+    """The decisions of a kernel, in a fixed order."""
+    return _template(spec).space(spec)
+
+
+def defaults(spec: KernelSpec) -> dict[str, int]:
+    return {decision.name: decision.default for decision in space(spec)}
+
+
+def instantiate(spec: KernelSpec, decisions: Mapping[str, int] | None = None) -> tvm.tirx.PrimFunc:
+    """The finished kernel; decisions left out take their defaults.
+
+    Raises ValueError for a decision outside the kernel's space: a record made for another version of the template.
+    """
+    chosen = {**defaults(spec), **(decisions or {})}
+    for decision in space(spec):
+        if chosen[decision.name] not in decision.choices:
+            raise ValueError(f"{spec.name}: {decision.name}={chosen[decision.name]} not in {decision.choices}")
+    if unknown := chosen.keys() - {decision.name for decision in space(spec)}:
+        raise ValueError(f"{spec.name}: unknown decisions {sorted(unknown)}")
+    function = _template(spec).build(spec, chosen)
+    if function.attrs and "global_symbol" in function.attrs:
+        function = function.without_attr("global_symbol")
+    return function.with_attr({**KERNEL_ATTRS, SPEC_ATTR: spec.to_json()})
