@@ -1,0 +1,1 @@
+"""From a lowered module to a library with real machine code in it."""

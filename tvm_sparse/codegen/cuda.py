@@ -1,0 +1,141 @@
+"""The one place that makes machine code for NVIDIA GPUs, on machines with and without one.
+
+TVM turns CUDA source into machine code only where its CUDA runtime library is loaded, which wants the driver; without it
+the "library" it exports holds source text, compiled at load and unchecked at build. `prepare` loads that runtime library
+over a stub of the driver where there is none, and makes nvcc compile every kernel for all machines of a build into one
+fatbin. Importing this module loads neither TVM nor a GPU library.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import importlib.util
+import os
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tvm_sparse.codegen.cuda_images import images
+from tvm_sparse.codegen.cuda_stub import load_driver
+from tvm_sparse.codegen.cuda_toolkit import Toolkit, find_toolkit
+from tvm_sparse.targets import Machine
+
+if TYPE_CHECKING:
+    from collections.abc import Iterator
+
+__all__ = ["build_cuda_library", "compile_source", "cuda_target", "images", "prepare"]
+
+_COMPILE = "tvm_callback_cuda_compile"
+_CREATE = "ffi.Module.create.cuda"
+
+# What the kernels may ask of every machine in the table: 227 KiB of shared memory a block, opted in at launch.
+_LIMITS = {
+    "max_threads_per_block": 1024,
+    "max_shared_memory_per_block": 227 << 10,
+    "thread_warp_size": 32,
+}
+
+
+def prepare() -> Toolkit:
+    """Makes this process able to compile CUDA kernels, whether or not TVM was imported before.
+
+    Raises Refusal where nvcc, the CUDA runtime or (without a driver) a C compiler is missing.
+    """
+    toolkit = find_toolkit()
+    spec = importlib.util.find_spec("tvm")
+    assert spec is not None and spec.origin is not None, "apache-tvm is a dependency"
+    runtime = Path(spec.origin).parent / "lib" / "libtvm_runtime_cuda.so"
+    load_driver(needed_by=runtime)
+    ctypes.CDLL(str(toolkit.cudart), mode=ctypes.RTLD_GLOBAL)
+
+    import tvm
+
+    ctypes.CDLL(str(runtime), mode=ctypes.RTLD_GLOBAL)  # registers itself; harmless where TVM found it already
+    if tvm.get_global_func(_CREATE, allow_missing=True) is None:
+        raise RuntimeError(f"{runtime} did not register {_CREATE}: not the TVM this was written for")
+    return toolkit
+
+
+def cuda_target(machines: Sequence[Machine]) -> Any:
+    """The TVM target of a build: the source is generated once, for the oldest architecture among the machines."""
+    import tvm
+
+    oldest = min((machine.arch for machine in machines), key=_number)
+    return tvm.target.Target({"kind": "cuda", "arch": oldest, **_LIMITS}, host="llvm")
+
+
+def build_cuda_library(mod: Any, out_path: str | Path, machines: Sequence[Machine]) -> dict[str, list[str]]:
+    """Compiles an IRModule (Relax functions and PrimFuncs) into one shared library for all machines.
+
+    Returns `images(out_path)` after checking that every machine has the same kernels as machine code.
+    Raises Refusal as `prepare` does, RuntimeError with nvcc's words where a kernel does not compile.
+    """
+    toolkit = prepare()
+
+    import tvm
+
+    target = cuda_target(machines)
+    arches = sorted({machine.arch for machine in machines}, key=_number)
+    with _nvcc(toolkit, arches), target:
+        tvm.compile(mod, target=target).export_library(str(out_path))
+    found = images(out_path)
+    kernels = {arch: set(found.get(arch, ())) for arch in arches}
+    if len({frozenset(names) for names in kernels.values()}) != 1 or not all(kernels.values()):
+        counts = {arch: len(names) for arch, names in kernels.items()}
+        raise RuntimeError(f"{out_path} lacks machine code: kernels by architecture {counts}")
+    return found
+
+
+def compile_source(toolkit: Toolkit, source: str, arches: Sequence[str]) -> bytes:
+    """CUDA source -> one fatbin with machine code for each arch ("sm_90a", ...), without PTX.
+
+    Fast math stays off: exp, division and denormals in softmax, gates and scales are those of IEEE.
+    TVM_SPARSE_DEBUG=4 keeps the source and prints registers, shared memory and spills of every kernel.
+    """
+    debug = os.environ.get("TVM_SPARSE_DEBUG", "") >= "4"
+    with tempfile.TemporaryDirectory(prefix="tvm_sparse_cuda_") as scratch:
+        written, made = Path(scratch, "kernels.cu"), Path(scratch, "kernels.fatbin")
+        written.write_text(source)
+        asked = [str(toolkit.nvcc), "--fatbin", "-O3", "-std=c++17", "--expt-relaxed-constexpr"]
+        asked += ["--compress-mode=none", "--split-compile=0", f"--threads={len(arches)}"]
+        asked += [f"-gencode=arch=compute_{_suffix(arch)},code={arch}" for arch in arches]
+        asked += ["-Xptxas=-v"] if debug else []
+        done = subprocess.run([*asked, "-o", str(made), str(written)], capture_output=True, text=True)
+        if debug:
+            print(done.stderr)
+            Path("kernels.cu").write_text(source)
+        if done.returncode != 0:
+            raise RuntimeError(f"nvcc: {done.stderr}")
+        return made.read_bytes()
+
+
+@contextmanager
+def _nvcc(toolkit: Toolkit, arches: Sequence[str]) -> Iterator[None]:
+    """Within it, TVM's code generator hands CUDA source to our nvcc command; the former callback comes back after."""
+    import tvm_ffi
+
+    former = tvm_ffi.get_global_func(_COMPILE, allow_missing=True)
+    compiled: dict[str, bytes] = {}
+
+    def callback(source: str) -> bytes:
+        if source not in compiled:
+            compiled[source] = compile_source(toolkit, source, arches)
+        return compiled[source]
+
+    tvm_ffi.register_global_func(_COMPILE, callback, override=True)
+    try:
+        yield
+    finally:
+        if former is not None:
+            tvm_ffi.register_global_func(_COMPILE, former, override=True)
+
+
+def _suffix(arch: str) -> str:
+    return arch.removeprefix("sm_")
+
+
+def _number(arch: str) -> int:
+    return int(_suffix(arch).rstrip("af"))
