@@ -32,16 +32,40 @@ _FIXED: dict[str, tuple[Any, ...]] = {
 
 # Fields that say nothing about the forward pass of text: housekeeping, training, vision, the MTP head.
 _SILENT = frozenset(
-    """architectures model_type dtype torch_dtype transformers_version initializer_range use_cache
-    bos_token_id pad_token_id full_attention_interval id2label label2id chunk_size_feed_forward return_dict
-    problem_type output_hidden_states output_attentions _name_or_path name_or_path
-    mtp_num_hidden_layers mtp_use_dedicated_embeddings max_window_layers language_model_only
-    text_config vision_config image_token_id video_token_id vision_start_token_id vision_end_token_id""".split()
+    [
+        "architectures",
+        "model_type",
+        "dtype",
+        "torch_dtype",
+        "transformers_version",
+        "initializer_range",
+        "use_cache",
+        "bos_token_id",
+        "pad_token_id",
+        "full_attention_interval",
+        "id2label",
+        "label2id",
+        "chunk_size_feed_forward",
+        "return_dict",
+        "problem_type",
+        "output_hidden_states",
+        "output_attentions",
+        "_name_or_path",
+        "name_or_path",
+        "mtp_num_hidden_layers",
+        "mtp_use_dedicated_embeddings",
+        "max_window_layers",
+        "language_model_only",
+        "text_config",
+        "vision_config",
+        "image_token_id",
+        "video_token_id",
+        "vision_start_token_id",
+        "vision_end_token_id",
+    ]
 )
 
-_ROPE = frozenset(
-    "rope_theta partial_rotary_factor rope_type type mrope_section mrope_interleaved".split()
-)
+_ROPE = frozenset(["rope_theta", "partial_rotary_factor", "rope_type", "type", "mrope_section", "mrope_interleaved"])
 
 
 @dataclass(frozen=True)
@@ -151,9 +175,7 @@ class ModelConfig:
             rope_theta=float(_required(rope, "rope_theta")),
             partial_rotary_factor=float(rope.get("partial_rotary_factor", 0.25)),
             # the published 27B has it at the top only
-            tie_word_embeddings=bool(
-                data.get("tie_word_embeddings", text.get("tie_word_embeddings", False))
-            ),
+            tie_word_embeddings=bool(data.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
             layer_types=_layer_types(text, count),
             eos_token_ids=token_ids(text.get("eos_token_id"), data.get("eos_token_id")),
             **whole,
@@ -162,9 +184,7 @@ class ModelConfig:
     def to_json(self) -> dict[str, Any]:
         """The way back: a `qwen3_5_text` config.json that `from_json` and transformers read."""
         data = asdict(self)
-        rope = {"rope_type": "default"} | {
-            key: data.pop(key) for key in ("rope_theta", "partial_rotary_factor")
-        }
+        rope = {"rope_type": "default"} | {key: data.pop(key) for key in ("rope_theta", "partial_rotary_factor")}
         eos = list(data.pop("eos_token_ids"))
         return {
             "architectures": ["Qwen3_5ForCausalLM"],
@@ -253,9 +273,7 @@ def _number(data: Mapping[str, Any], key: str) -> int:
 
 def _require_divides(config: ModelConfig, part: str, whole: str) -> None:
     if getattr(config, whole) % getattr(config, part):
-        raise Refusal(
-            f"config: {whole} {getattr(config, whole)} is not a multiple of {part} {getattr(config, part)}"
-        )
+        raise Refusal(f"config: {whole} {getattr(config, whole)} is not a multiple of {part} {getattr(config, part)}")
 
 
 def _check_fields(text: Mapping[str, Any]) -> None:
