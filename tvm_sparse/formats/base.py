@@ -6,10 +6,16 @@ takes them in the order of `Format.buffers`, so this order is part of the format
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Protocol
+from typing import TYPE_CHECKING, Protocol
 
 import torch
+
+if TYPE_CHECKING:
+    from tvm_sparse.formats.stats import Stats
+
+Shape = tuple[int, int]
 
 
 @dataclass(frozen=True)
@@ -23,7 +29,10 @@ class Buffer:
 
 @dataclass(frozen=True)
 class FormatChoice:
-    """A format with its options, as the plan names it: hashable, printable, one kernel per choice and shape."""
+    """A format with its options, as the plan names it: hashable, printable, one kernel per choice and shape.
+
+    Made by `Format.choice`, which fills in every option, so that equal choices compare equal.
+    """
 
     name: str
     options: tuple[tuple[str, int], ...] = ()
@@ -41,7 +50,7 @@ class Packed:
     """A packed matrix: `buffers` in the format's own order, `nnz` values that are not zero."""
 
     choice: FormatChoice
-    shape: tuple[int, int]
+    shape: Shape
     nnz: int
     buffers: dict[str, torch.Tensor]
 
@@ -55,11 +64,23 @@ class Format(Protocol):
 
     name: str
 
-    def buffers(self, shape: tuple[int, int], choice: FormatChoice) -> tuple[Buffer, ...]:
+    def choice(self, **options: int) -> FormatChoice:
+        """The format with these options, the others at their defaults."""
+
+    def choices(self, stats: Stats) -> Sequence[FormatChoice]:
+        """What the plan may choose for a matrix: empty where the format cannot hold it or never wins."""
+
+    def nbytes(self, stats: Stats, choice: FormatChoice) -> int:
+        """Bytes of all buffers of the packed matrix, from its statistics alone."""
+
+    def buffers(self, shape: Shape, choice: FormatChoice) -> tuple[Buffer, ...]:
         """The buffers of a matrix of this shape, in kernel order."""
 
     def pack(self, weight: torch.Tensor, choice: FormatChoice) -> Packed:
-        """bfloat16 [N, K] -> buffers. Raises Refusal where the matrix does not fit the format."""
+        """bfloat16 [N, K], CPU or CUDA -> buffers on the same device.
+
+        Raises Refusal where the matrix does not fit the format, holds NaN or infinity, or has 2^31 weights or more.
+        """
 
     def unpack(self, packed: Packed) -> torch.Tensor:
         """The way back, bit for bit (-0.0 is +0.0)."""

@@ -1,0 +1,161 @@
+"""Formats: every bfloat16 matrix comes back bit for bit, and a kernel can walk the delta stream without bounds checks."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from tvm_sparse.errors import Refusal
+from tvm_sparse.formats import FORMATS, measure, pack, unpack
+
+DELTA = FORMATS["delta"]
+ANY = [FORMATS["dense"].choice(), FORMATS["bitmap"].choice(), FORMATS["block"].choice(rows=3, cols=5)]
+ANY += [DELTA.choice(gap_bits=g, segments=s) for g, s in ((3, 8), (4, 8), (4, 1), (5, 3), (6, 8))]
+TWO_FOUR = FORMATS["2:4"].choice()
+
+
+def bits_of(weight: torch.Tensor) -> torch.Tensor:
+    bits = weight.view(torch.int16)
+    return bits.masked_fill((bits & 0x7FFF) == 0, 0)
+
+
+def from_bits(values: np.ndarray) -> torch.Tensor:
+    return torch.from_numpy(values.astype(np.uint16).view(np.int16)).view(torch.bfloat16)
+
+
+@st.composite
+def matrices(draw) -> torch.Tensor:
+    """Rows of very different density; values normal, or any finite bit pattern: subnormals, -0.0, 2^127."""
+    n, k = draw(st.integers(1, 70)), draw(st.sampled_from([1, 2, 7, 16, 31, 33, 100, 257, 700]))
+    rng = np.random.default_rng(draw(st.integers(0, 2**32)))
+    density = rng.choice(draw(st.lists(st.floats(0, 1), min_size=1, max_size=4)) + [0.0], size=(n, 1))
+    values = torch.from_numpy(rng.normal(0, 0.01, (n, k))).bfloat16().view(torch.int16).numpy().view(np.uint16)
+    if draw(st.booleans()):
+        wild = rng.integers(0, 1 << 16, (n, k)).astype(np.uint16)
+        wild[(wild & 0x7F80) == 0x7F80] = 0x8000
+        values = np.where(rng.random((n, k)) < draw(st.sampled_from([0.01, 0.5, 1.0])), wild, values)
+    return from_bits(np.where(rng.random((n, k)) < density, values, rng.choice([0, 0x8000], (n, k))))
+
+
+@settings(max_examples=120, deadline=None)
+@given(matrices(), st.sampled_from(ANY))
+def test_round_trip_is_bit_exact(weight, choice):
+    packed = pack(weight, choice)
+    assert torch.equal(unpack(packed).view(torch.int16), bits_of(weight))
+    assert packed.nnz == int((bits_of(weight) != 0).sum())
+    fmt = FORMATS[choice.name]
+    sizes = {}
+    for buffer in fmt.buffers(tuple(weight.shape), choice):
+        tensor = packed.buffers[buffer.name]
+        assert str(tensor.dtype) == f"torch.{buffer.dtype}" and tensor.numel() > 0
+        shape = [sizes.setdefault(d, real) if isinstance(d, str) else d for d, real in zip(buffer.shape, tensor.shape)]
+        assert list(tensor.shape) == shape
+
+
+@settings(max_examples=40, deadline=None)
+@given(matrices())
+def test_two_of_four(weight):
+    keep = torch.rand(weight.shape[0], -(-weight.shape[1] // 4), 4).argsort(2) < 2
+    weight = weight.masked_fill(~keep.flatten(1)[:, : weight.shape[1]], 0)
+    packed = pack(weight, TWO_FOUR)
+    assert torch.equal(unpack(packed).view(torch.int16), bits_of(weight))
+    meta = packed.buffers["meta"].view(torch.int16).to(torch.int64) & 0xFFFF
+    for shift in range(0, 16, 4):
+        assert bool(((meta >> shift & 3) < (meta >> shift + 2 & 3)).all())
+
+
+def test_three_of_four_are_refused():
+    with pytest.raises(Refusal, match="not a 2:4 matrix"):
+        pack(torch.tensor([[1.0, 2.0, 3.0, 0.0]], dtype=torch.bfloat16), TWO_FOUR)
+
+
+@pytest.mark.parametrize("choice", [*ANY, TWO_FOUR], ids=str)
+@pytest.mark.parametrize("value", [float("nan"), float("inf"), -float("inf")])
+def test_nan_and_infinity_are_refused(choice, value):
+    weight = torch.zeros(40, 64, dtype=torch.bfloat16)
+    weight[33, 7] = value
+    with pytest.raises(Refusal, match="NaN or infinite"):
+        pack(weight, choice)
+
+
+def walk(packed, x: np.ndarray) -> np.ndarray:
+    """y = W x the way a kernel lane does it: word by word, no check of any column. x ends in PAST zeros."""
+    part = {name: tensor.view(torch.int16) if tensor.itemsize == 2 else tensor for name, tensor in packed.buffers.items()}
+    part = {name: tensor.numpy() for name, tensor in part.items()}
+    g, base = packed.choice.option("gap_bits"), int(part["scale"][0])
+    value_mask = 0x80000000 | ((1 << 15 - g) - 1) << 16
+    y = np.zeros(packed.shape[0])
+    for group, lane in np.ndindex(len(part["seg_chunk"]), 32):
+        total = 0.0
+        for segment, column in enumerate(part["seg_col"][group, :, lane]):
+            begin, end = part["seg_chunk"][group, segment : segment + 2]
+            for word in part["words"].view(np.uint16)[begin:end, lane].reshape(-1).astype(np.uint32):
+                column += int(word >> 15 - g) % (1 << g) + 1
+                value = ((word << 16) & value_mask).astype(np.uint32).view(np.float32)
+                total += float(value) * x[column]  # IndexError would say that a lane runs too far
+        if (row := part["row_of"][group * 32 + lane]) >= 0:
+            y[row] = total * 2.0**base
+    for row in range(packed.shape[0]):
+        for i in range(part["res_start"][row], part["res_start"][row + 1]):
+            y[row] += float(from_bits(part["res_val"].view(np.uint16)[i : i + 1])[0]) * x[part["res_col"][i]]
+    return y
+
+
+def check_walk(weight: torch.Tensor, choice) -> None:
+    k = weight.shape[1]
+    x = np.concatenate([np.random.default_rng(0).normal(size=k), np.zeros(DELTA.PAST(choice))])
+    expected = weight.double().numpy() @ x[:k]
+    np.testing.assert_allclose(walk(pack(weight, choice), x), expected, rtol=1e-9, atol=1e-9 * np.abs(expected).max())
+
+
+@settings(max_examples=15, deadline=None)
+@given(matrices(), st.sampled_from([c for c in ANY if c.name == "delta"]))
+def test_a_lane_walks_the_delta_stream(weight, choice):
+    check_walk(weight, choice)
+
+
+@pytest.mark.parametrize("gap_bits", [3, 4, 5, 6])
+def test_no_lane_runs_further_than_the_zeros_after_x(gap_bits):
+    """Sparse rows that end in the last column beside a dense one: their padding would run K columns past it."""
+    weight = torch.zeros(34, 2500, dtype=torch.bfloat16)
+    weight[0] = 1.0
+    weight[1:, -1] = torch.arange(1, 34).bfloat16()
+    weight[5, ::9] = 3.0
+    choice = DELTA.choice(gap_bits=gap_bits)
+    check_walk(weight, choice)
+    assert torch.equal(unpack(pack(weight, choice)), weight)
+
+
+def test_residual_and_window():
+    """The window takes what is most frequent; what it cannot hold, and subnormals, are residual, in order."""
+    weight = torch.zeros(2, 40, dtype=torch.bfloat16)
+    weight[0, :20] = 0.01
+    weight[0, 30], weight[1, 3], weight[1, 39] = 2.0**127, 2.0**-130, -(2.0**100)
+    packed = pack(weight, DELTA.choice())
+    assert packed.buffers["res_start"].tolist() == [0, 1, 3]
+    assert packed.buffers["res_col"].tolist() == [30, 3, 39]
+    assert packed.buffers["res_val"].tolist() == [2.0**127, 2.0**-130, -(2.0**100)]
+    assert 0 <= int(packed.buffers["scale"]) <= 223
+
+
+@settings(max_examples=60, deadline=None)
+@given(matrices())
+def test_stats_foretell_the_packed_size(weight):
+    stats = measure(weight, blocks=((16, 16), (3, 5)))
+    assert stats.nnz == int((bits_of(weight) != 0).sum())
+    for name, fmt in FORMATS.items():
+        for choice in fmt.choices(stats):
+            packed = pack(weight, choice)
+            if name == "delta" and packed.buffers["res_start"][-1] > 0:
+                continue  # what the residual takes out of the stream is not foretold
+            assert fmt.nbytes(stats, choice) == packed.nbytes, choice
+
+
+def test_sizes_beyond_int32_are_refused():
+    weight = torch.zeros(1, dtype=torch.bfloat16).expand(2**16, 2**15)
+    for choice in [*ANY, TWO_FOUR]:
+        with pytest.raises(Refusal, match=r"2\^31"):
+            pack(weight, choice)

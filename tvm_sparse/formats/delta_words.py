@@ -1,0 +1,191 @@
+"""The words of the delta stream: which values they can hold, how many a row needs, and where each one stands."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import accumulate
+
+import torch
+from torch.nn.functional import pad
+
+from tvm_sparse.formats.bits import MAGNITUDE, SIGN, magnitude
+from tvm_sparse.formats.stats import CHUNK, GROUP, row_gaps
+
+# x is staged times 2^96 and the sum multiplied by 2^(base - 96), which must itself be a finite float32.
+MAX_BASE = 223
+
+
+@dataclass(frozen=True)
+class Code:
+    """How many bits the gap has, and which exponent fields the others reach: base + 1 to base + width."""
+
+    gap_bits: int
+    base: int
+
+    @property
+    def width(self) -> int:
+        return code_width(self.gap_bits)
+
+    @property
+    def gap_mask(self) -> int:
+        return (1 << self.gap_bits) - 1
+
+    @property
+    def gap_shift(self) -> int:
+        return 15 - self.gap_bits
+
+    @property
+    def filler(self) -> int:
+        """The word of value 0 that advances furthest."""
+        return self.gap_mask << self.gap_shift
+
+    def holds(self, absolute: torch.Tensor) -> torch.Tensor:
+        lowest = (self.base + 1) << 7
+        return (absolute >= lowest) & (absolute <= lowest + (self.width << 7) - 1)
+
+    def value_bits(self, values: torch.Tensor) -> torch.Tensor:
+        """bf16 bits of values the window holds -> sign, exponent code and mantissa of a word."""
+        return (values & SIGN) | ((values & MAGNITUDE) - (self.base << 7))
+
+    def values(self, words: torch.Tensor) -> torch.Tensor:
+        """The way back; 0 for fillers and padding."""
+        low = words & ((1 << self.gap_shift) - 1)
+        return torch.where(low == 0, low, (words & SIGN) | (low + (self.base << 7)))
+
+    def gaps(self, words: torch.Tensor) -> torch.Tensor:
+        """int16 words -> int16 columns that each advances, 1 to 2^gap_bits."""
+        return ((words >> self.gap_shift) & self.gap_mask) + 1
+
+
+def code_width(gap_bits: int) -> int:
+    return (1 << (8 - gap_bits)) - 1
+
+
+def best_code(exponents: Sequence[int], gap_bits: int) -> tuple[Code, int]:
+    """The window over the exponent histogram that leaves least to the residual (the lowest of equals), what it holds."""
+    width = code_width(gap_bits)
+    below = [0, *accumulate(exponents)]
+    bases = range(min(MAX_BASE, 254 - width) + 1)
+    base = max(bases, key=lambda b: (below[b + width + 1] - below[b + 1], -b))
+    return Code(gap_bits, base), below[base + width + 1] - below[base + 1]
+
+
+@dataclass(frozen=True)
+class Survey:
+    """A row block before its place is known: words each row needs, and what no word can hold."""
+
+    words: torch.Tensor  # int64 [rows]
+    nnz: int
+    res_count: torch.Tensor  # int64 [rows]
+    res_col: torch.Tensor  # int64 [nr]
+    res_val: torch.Tensor  # int16 [nr]
+
+
+def survey(bits: torch.Tensor, code: Code) -> Survey:
+    """int16 [rows, K] -> Survey. Raises Refusal for NaN and infinity."""
+    absolute = magnitude(bits)
+    held = code.holds(absolute)
+    per_row = held.sum(1)
+    flat = held.view(-1).nonzero().view(-1)
+    gap = row_gaps(flat, per_row, bits.shape[1])
+    long = (gap > 1 << code.gap_bits).nonzero().view(-1)
+    fillers = pad(((gap[long] - 1) >> code.gap_bits).cumsum(0), (1, 0))
+    fillers = fillers[torch.searchsorted(long, per_row.cumsum(0))]
+    left = (absolute != 0) & ~held
+    res_row, res_col = left.nonzero(as_tuple=True)
+    return Survey(
+        words=per_row + fillers.diff(prepend=fillers.new_zeros(1)),
+        nnz=flat.numel() + res_col.numel(),
+        res_count=res_row.bincount(minlength=bits.shape[0]),
+        res_col=res_col,
+        res_val=bits[res_row, res_col],
+    )
+
+
+@dataclass(frozen=True)
+class Lanes:
+    """Neighbouring groups of a packed matrix: `words` int16 [chunks, 32, 8] is theirs, zero before `write`.
+
+    `starts` and `counts`, int64 [groups]: first chunk within `words` and number of chunks of each group.
+    """
+
+    words: torch.Tensor
+    starts: torch.Tensor
+    counts: torch.Tensor
+    code: Code
+
+    def write(self, bits: torch.Tensor) -> None:
+        """int16 [rows, K], rows in lane order: each row's words, fillers included; padding is zero already."""
+        held = self.code.holds(bits & MAGNITUDE)
+        per_row = held.sum(1)
+        flat = held.view(-1).nonzero().view(-1)
+        values = self.code.value_bits(bits.view(-1)[flat])
+        rows = torch.arange(bits.shape[0], device=bits.device)
+        self._place(flat, per_row, values, rows, bits.shape[1])
+
+    def hold_back(self, bits: torch.Tensor, last_column: int) -> None:
+        """Writes anew each lane whose padding would take it beyond `last_column`, with zeros as words instead.
+
+        Rare: padding over all sorted groups is no longer than the longest row, and such a lane pads by hundreds.
+        """
+        before = self.columns_before()
+        ends = before[self.starts + self.counts] - before[self.starts] - 1
+        for group, lane in (ends > last_column).nonzero().tolist():
+            row = bits[group * GROUP + lane]
+            columns = self.code.holds(row & MAGNITUDE).nonzero().view(-1)
+            stored = _with_zeros(columns, CHUNK * int(self.counts[group]), self.code)
+            values = torch.zeros_like(row)
+            values[columns] = self.code.value_bits(row[columns])
+            first = int(self.starts[group])
+            self.words[first : first + int(self.counts[group]), lane] = 0
+            slot = torch.tensor([group * GROUP + lane], device=bits.device)
+            self._place(stored, stored.new_tensor([stored.numel()]), values[stored], slot, bits.numel())
+
+    def columns_before(self) -> torch.Tensor:
+        """int32 [chunks + 1, 32]: columns each lane advances before each chunk, all groups in one sum."""
+        return pad(self.code.gaps(self.words).sum(2, dtype=torch.int32).cumsum(0, dtype=torch.int32), (0, 0, 1, 0))
+
+    def _place(
+        self, flat: torch.Tensor, per_row: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, columns: int
+    ) -> None:
+        """Writes entries at ascending positions `flat`, `per_row` of them into the lane of each slot."""
+        code = self.code
+        gap = row_gaps(flat, per_row, columns) - 1
+        fillers = gap >> code.gap_bits
+        ends = (fillers + 1).cumsum(0)  # where each entry's word ends, counted over all rows
+        last = per_row.cumsum(0)
+        words_before = pad(ends, (1, 0))[last - per_row]
+        lane = self.starts[slots // GROUP] * (GROUP * CHUNK) + slots % GROUP * CHUNK
+        row = torch.repeat_interleave(torch.arange(len(per_row), device=flat.device), per_row)
+        index = ends - 1 - words_before[row]  # within the row
+        lane = lane[row]
+        out = self.words.view(-1)
+        out[_address(lane, index)] = values | ((gap & code.gap_mask) << code.gap_shift).to(torch.int16)
+
+        some = (fillers > 0).nonzero().view(-1)
+        count = fillers[some]
+        each = torch.repeat_interleave(some, count)
+        nth = torch.arange(each.numel(), device=flat.device) - torch.repeat_interleave(count.cumsum(0) - count, count)
+        out[_address(lane[each], index[each] - fillers[each] + nth)] = code.filler
+
+
+def _address(lane: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
+    """Position in [chunks, 32, 8] of the word `index` of a lane whose first word stands at `lane`."""
+    return lane + (index // CHUNK) * (GROUP * CHUNK) + index % CHUNK
+
+
+def _with_zeros(columns: torch.Tensor, room: int, code: Code) -> torch.Tensor:
+    """Ascending columns of a row -> with zeros stored as well, so that the row fills `room` words or has no gap left.
+
+    All columns below q are stored. With q the number of words grows by 0 or 1, from the row's own to its last column
+    + 1, so every number between is met.
+    """
+    last = int(columns[-1])
+    words = ((columns.diff(prepend=columns.new_full((1,), -1)) - 1) >> code.gap_bits) + 1
+    words = words.cumsum(0)
+    q = torch.arange(last + 1, device=columns.device)
+    following = torch.searchsorted(columns, q)
+    need = q + ((columns[following] - q) >> code.gap_bits) + 1 + words[-1] - words[following]
+    first = int((need >= min(room, last + 1)).nonzero()[0])
+    return torch.cat([q[:first], columns[columns >= first]])
