@@ -1,0 +1,56 @@
+"""Bitmap weights on the CPU: the values that follow are spread under the mask, then the pointer goes on by its bits."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from tvm import tirx
+from tvm.tirx.script import builder as T
+
+from tvm_sparse.schedules.cpu import row_tile
+from tvm_sparse.schedules.cpu.isa import REGISTERS, Isa
+from tvm_sparse.schedules.cpu.row_tile import space
+from tvm_sparse.schedules.spec import KernelSpec
+
+__all__ = ["build", "space"]
+
+
+def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tirx.PrimFunc:
+    return row_tile.build(spec, decisions, BitmapRows)
+
+
+class BitmapRows:
+    def __init__(self, isa: Isa, buffers, count: int, spec: KernelSpec, prefetch: int):
+        self.isa, self.prefetch = isa, prefetch
+        self.mask, self.row_start, self.values = buffers
+        self.rows: dict[int, tirx.PrimExpr] = {}
+        self.at = T.alloc_buffer((count,), "int32", scope="local", annotations=REGISTERS)
+        self.bits = T.alloc_buffer((count,), "uint32", scope="local", annotations=REGISTERS)
+
+    def start(self, r: int, row) -> None:
+        self.rows[r] = row
+        T.buffer_store(self.at, self.row_start[row], [r])
+
+    def block(self, r: int, i) -> None:
+        T.buffer_store(self.bits, self.mask[self.rows[r], i], [r])
+        if self.prefetch:
+            T.evaluate(self.isa.prefetch(T.address_of(self.values[self.at[r] + 32 * self.prefetch])))
+
+    def vector(self, r: int, i, step: int):
+        bits = self.bits[r]
+        if self.isa.lanes == 32:
+            return self.isa.expand(T.address_of(self.values[self.at[r]]), bits)
+        lanes = self.isa.lanes
+        low = bits & T.uint32((1 << lanes * step) - 1)
+        here = T.bitwise_and(T.shift_right(bits, T.uint32(lanes * step)), T.uint32((1 << lanes) - 1))
+        return self.isa.expand(T.address_of(self.values[self.at[r] + T.cast(T.popcount(low), "int32")]), here)
+
+    def advance(self, r: int, i) -> None:
+        T.buffer_store(self.at, self.at[r] + T.cast(T.popcount(self.bits[r]), "int32"), [r])
+
+    def scalar(self, r: int, i, j):
+        stored = T.bitwise_and(T.shift_right(self.bits[r], T.cast(j, "uint32")), T.uint32(1)) != T.uint32(0)
+        return stored, T.cast(self.values[self.at[r]], "float32")
+
+    def advance_scalar(self, r: int) -> None:
+        T.buffer_store(self.at, self.at[r] + 1, [r])
