@@ -19,6 +19,7 @@ from __future__ import annotations
 from importlib import import_module
 
 import tvm
+from tvm.s_tir.stmt import SBlock, SBlockRealize
 
 PrimFunc = tvm.tirx.PrimFunc
 
@@ -27,7 +28,9 @@ ATTRIBUTES = {"op_pattern": 8, "tirx.is_scheduled": True, "tirx.noalias": True}
 
 
 def as_kernel(function: PrimFunc) -> PrimFunc:
-    """A PrimFunc as Relax calls it: private, with ATTRIBUTES."""
+    """A PrimFunc as Relax calls it: private, with ATTRIBUTES, its body in a root block (Relax's passes look for one)."""
+    if not isinstance(function.body, SBlockRealize):
+        function = function.with_body(SBlockRealize([], True, SBlock([], [], [], "root", function.body)))
     return function.without_attr("global_symbol").with_attr(ATTRIBUTES)
 
 
@@ -55,10 +58,15 @@ class ModelOps:
         if device not in ("cpu", "cuda"):
             raise ValueError(f"no model operations for device {device!r}: cpu or cuda")
         self.device = device
+        self._built: dict[tuple, PrimFunc] = {}
 
     def _build(self, name: str, *static: object) -> PrimFunc:
-        module = import_module(f"tvm_sparse.schedules.{self.device}.{MODULES[name]}")
-        return as_kernel(getattr(module, name)(*static))
+        """Each PrimFunc is made once: parsing takes longer than everything else about a layer."""
+        key = (name, *static)
+        if key not in self._built:
+            module = import_module(f"tvm_sparse.schedules.{self.device}.{MODULES[name]}")
+            self._built[key] = as_kernel(getattr(module, name)(*static))
+        return self._built[key]
 
     def embedding(
         self, tokens: int | None, vocab: int, hidden: int, table_dtype: str, dtype: str

@@ -1,0 +1,273 @@
+"""The Qwen3.5 text model as a Relax module, dense: three functions that share every operation.
+
+  prefill(ids [n], slot [1], position [B], state..., params...)            -> logits [1, V] of the last token
+  decode (ids [B], slot [1], position [B], state..., params...)            -> logits [B, V], one token for every slot
+  score  (ids [n], slot [1], position [B], targets [n], state..., params...) -> log-probabilities [n] of the targets
+
+ids, slot, position and targets are int32, logits and log-probabilities float32. State and position are updated in
+place; what a slot holds is continued, so a long prompt may come in pieces. Every projection is a plain
+`matmul(x, permute_dims(w))` on a parameter with the checkpoint's own short name: what a projection becomes is decided
+by passes, not here. Operations between the projections are `schedules.ops`.
+
+Shapes: n tokens (symbolic in prefill and score, B in decode), h hidden, P a fused projection's rows, T the context.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import tvm
+from tvm import relax
+
+from tvm_sparse.layout import Layout, make_layout
+from tvm_sparse.models.config import LINEAR, ModelConfig, tensors
+from tvm_sparse.schedules.ops import ModelOps
+
+CONTEXT = "context"
+"""Stands for the symbolic dimension T in a StateTensor's shape."""
+
+NUM_STATE_ATTR = "tvm_sparse.num_state"
+"""How many parameters before the weights are state; `num_input` counts inputs and state together."""
+
+
+@dataclass(frozen=True)
+class StateTensor:
+    """A tensor that lives from call to call, owned by the caller, zero before a sequence's first token."""
+
+    name: str
+    shape: tuple[int | str, ...]
+    dtype: str
+
+
+def state_tensors(config: ModelConfig, layout: Layout, batch: int, dtype: str) -> tuple[StateTensor, ...]:
+    """All state in the order the functions take it: two tensors for each executed layer."""
+    kv = (batch, config.num_key_value_heads, CONTEXT, config.head_dim)
+    conv = (batch, config.linear_conv_kernel_dim - 1, config.conv_dim)
+    recurrent = (
+        batch,
+        config.linear_num_value_heads,
+        config.linear_key_head_dim,
+        config.linear_value_head_dim,
+    )
+    found: list[StateTensor] = []
+    for layer, weights in enumerate(layout.schedule):
+        if config.layer_types[weights] == LINEAR:
+            found.append(StateTensor(f"layers.{layer}.conv_state", conv, "float32"))
+            found.append(StateTensor(f"layers.{layer}.recurrent_state", recurrent, "float32"))
+        else:
+            found.append(StateTensor(f"layers.{layer}.k_cache", kv, dtype))
+            found.append(StateTensor(f"layers.{layer}.v_cache", kv, dtype))
+    return tuple(found)
+
+
+def build_module(
+    config: ModelConfig,
+    dtype: str = "bfloat16",
+    batch: int = 1,
+    device: str = "cpu",
+    layout: Layout | None = None,
+    weight_dtype: str | None = None,
+) -> tvm.IRModule:
+    """The dense module with functions prefill, decode and score.
+
+    `dtype` is that of activations and caches, `weight_dtype` (default: the same) that of matrices and embedding;
+    norms and the other vectors are float32, laid out as `layout` says. `device` ("cpu" or "cuda") picks the kernels
+    of the operations between projections.
+    """
+    layout = layout or make_layout(config)
+    builder = relax.BlockBuilder()
+    ops = ModelOps(device)
+    for name in ("prefill", "decode", "score"):
+        _Writer(name, builder, ops, config, layout, dtype, batch, weight_dtype or dtype).write()
+    return builder.finalize()
+
+
+class _Writer:
+    """Writes one function: `write` is the model, the methods after it one part each."""
+
+    def __init__(
+        self,
+        name: str,
+        builder: relax.BlockBuilder,
+        ops: ModelOps,
+        config: ModelConfig,
+        layout: Layout,
+        dtype: str,
+        batch: int,
+        weight_dtype: str,
+    ) -> None:
+        self.name, self.builder, self.ops, self.config, self.layout = name, builder, ops, config, layout
+        self.dtype, self.batch = dtype, batch
+        self.tokens = batch if name == "decode" else None  # as schedules.ops counts them
+        self.n = batch if name == "decode" else tvm.tirx.Var("n", "int64")
+        context = tvm.tirx.Var("T", "int64")
+
+        self.ids = _var("ids", (self.n,), "int32")
+        self.slot = _var("slot", (1,), "int32")
+        self.position = _var("position", (batch,), "int32")
+        self.targets = _var("targets", (self.n,), "int32")
+        self.state = {
+            tensor.name: _var(tensor.name, [context if d == CONTEXT else d for d in tensor.shape], tensor.dtype)
+            for tensor in state_tensors(config, layout, batch, dtype)
+        }
+        known = tensors(config)
+        self.weights = {
+            source: _var(source, known[source].shape if param.dtype == "model" else param.shape,
+                         weight_dtype if param.dtype == "model" else param.dtype)
+            for param in layout.params
+            for source in param.sources
+        }  # fmt: skip
+
+    def write(self) -> None:
+        inputs = [self.ids, self.slot, self.position, *([self.targets] if self.name == "score" else [])]
+        parameters = [*inputs, *self.state.values(), *self.weights.values()]
+        attrs = {"num_input": len(inputs) + len(self.state), NUM_STATE_ATTR: len(self.state)}
+        with self.builder.function(self.name, parameters, attrs):
+            with self.builder.dataflow():
+                result = self.builder.emit_output(self.model())
+            self.builder.emit_func_output(result)
+
+    def model(self) -> relax.Expr:
+        c, schedule = self.config, self.layout.schedule
+        table = self.weights["embed_tokens.weight"]
+        x = self.call(
+            "embedding", (c.vocab_size, c.hidden_size, str(table.ty.dtype), self.dtype),
+            [self.ids, table], [((self.n, c.hidden_size), self.dtype)],
+        )  # fmt: skip
+        y = self.norm(x, f"layers.{schedule[0]}.input_layernorm.weight")
+        for layer, index in enumerate(schedule):  # the executed layer, and the layer whose weights it uses
+            weights = f"layers.{index}"
+            linear = c.layer_types[index] == LINEAR
+            delta = self.deltanet(y, layer, weights) if linear else self.attention(y, layer, weights)
+            x, y = self.add_norm(x, delta, f"{weights}.post_attention_layernorm.weight")
+            delta = self.mlp(y, weights)
+            last = layer + 1 == len(schedule)
+            following = "norm.weight" if last else f"layers.{schedule[layer + 1]}.input_layernorm.weight"
+            x, y = self.add_norm(x, delta, following)
+        return self.finish(self.head(y))
+
+    def head(self, y: relax.Expr) -> relax.Expr:
+        """Final hidden states [n, h] -> logits float32 [1 | B, V], or log-probabilities [n]."""
+        c = self.config
+        if self.name == "prefill":
+            y = self.call("last_row", (c.hidden_size, self.dtype), [y], [((1, c.hidden_size), self.dtype)], False)
+        head = "embed_tokens.weight" if c.tie_word_embeddings else "lm_head.weight"
+        logits = self.project(y, head, "float32")
+        if self.name != "score":
+            return logits
+        return self.call("log_probs", (c.vocab_size,), [logits, self.targets], [((self.n,), "float32")], False)
+
+    def finish(self, result: relax.Expr) -> relax.Expr:
+        """Advances the position; `result` passes through, so that this happens last and is not dropped."""
+        shape = {"prefill": (1, self.config.vocab_size), "decode": (self.batch, self.config.vocab_size)}
+        static = shape.get(self.name, (None,))
+        return self.call(
+            "advance", (self.batch, static), [self.ids, self.slot, self.position, result],
+            [((self.batch,), "int32"), (result.ty.shape, "float32")], in_place=[2, 3],
+        )[1]  # fmt: skip
+
+    def mlp(self, y: relax.Expr, weights: str) -> relax.Expr:
+        """[n, h] -> [n, h]: down(silu(gate y) * up y)."""
+        gate_up = self.project_all(y, [f"{weights}.mlp.{part}_proj.weight" for part in ("gate", "up")])
+        inner = self.config.intermediate_size
+        hidden = self.call("silu_mul", (inner, self.dtype), [gate_up], [((self.n, inner), self.dtype)])
+        return self.project(hidden, f"{weights}.mlp.down_proj.weight")
+
+    def deltanet(self, y: relax.Expr, layer: int, weights: str) -> relax.Expr:
+        """[n, h] -> [n, h]: short convolution, gated delta rule, gated norm."""
+        c, inside = self.config, f"{weights}.linear_attn"
+        sizes = (c.linear_num_key_heads, c.linear_num_value_heads, c.linear_key_head_dim, c.linear_value_head_dim)
+        conv_state, recurrent = (self.state[f"layers.{layer}.{name}"] for name in ("conv_state", "recurrent_state"))
+        # [n, P]: q | k | v (C columns), z, b, a
+        mixed = self.project_all(y, [f"{inside}.in_proj_{part}.weight" for part in ("qkv", "z", "b", "a")])
+        qkv, _ = self.call(
+            "causal_conv", (self.batch, c.conv_dim, self.dtype),
+            [mixed, self.weights[f"{inside}.conv1d.weight"], self.slot, conv_state],
+            [((self.n, c.conv_dim), "float32"), (conv_state.ty.shape, "float32")], in_place=[-1, 3],
+        )  # fmt: skip
+        o, _ = self.call(
+            "gated_delta", (self.batch, *sizes, self.dtype),
+            [qkv, mixed, self.weights[f"{inside}.A_log"], self.weights[f"{inside}.dt_bias"], self.slot, recurrent],
+            [((self.n, c.value_dim), "float32"), (recurrent.ty.shape, "float32")], in_place=[-1, 5],
+        )  # fmt: skip
+        o = self.call(
+            "gated_norm", (*sizes, c.rms_norm_eps, self.dtype), [o, mixed, self.weights[f"{inside}.norm.weight"]],
+            [((self.n, c.value_dim), self.dtype)],
+        )  # fmt: skip
+        return self.project(o, f"{inside}.out_proj.weight")
+
+    def attention(self, y: relax.Expr, layer: int, weights: str) -> relax.Expr:
+        """[n, h] -> [n, h]: gated attention over everything the slot holds."""
+        c, inside = self.config, f"{weights}.self_attn"
+        sizes = (self.batch, c.num_attention_heads, c.num_key_value_heads, c.head_dim)
+        k_cache, v_cache = (self.state[f"layers.{layer}.{name}"] for name in ("k_cache", "v_cache"))
+        cache = (k_cache.ty.shape, self.dtype)
+        # [n, P]: each query head's q | gate, then k, v
+        qkv = self.project_all(y, [f"{inside}.{part}_proj.weight" for part in ("q", "k", "v")])
+        q, k_cache, v_cache = self.call(
+            "rope_append", (*sizes, c.rotary_dim, c.rope_theta, c.rms_norm_eps, self.dtype),
+            [qkv, *(self.weights[f"{inside}.{part}_norm.weight"] for part in "qk"),
+             self.slot, self.position, k_cache, v_cache],
+            [((self.n, c.query_dim), "float32"), cache, cache], in_place=[-1, 5, 6],
+        )  # fmt: skip
+        o = self.call(
+            "attention", (*sizes, self.dtype), [q, qkv, self.slot, self.position, k_cache, v_cache],
+            [((self.n, c.query_dim), self.dtype)],
+        )  # fmt: skip
+        return self.project(o, f"{inside}.o_proj.weight")
+
+    def norm(self, x: relax.Expr, weight: str) -> relax.Expr:
+        c = self.config
+        return self.call(
+            "rms_norm", (c.hidden_size, c.rms_norm_eps, self.dtype), [x, self.weights[weight]],
+            [((self.n, c.hidden_size), self.dtype)],
+        )  # fmt: skip
+
+    def add_norm(self, x: relax.Expr, delta: relax.Expr, weight: str) -> tuple[relax.Expr, relax.Expr]:
+        """The residual stream x + delta [n, h], and its norm."""
+        c = self.config
+        total, y = self.call(
+            "add_rms_norm", (c.hidden_size, c.rms_norm_eps, self.dtype), [x, delta, self.weights[weight]],
+            [((self.n, c.hidden_size), self.dtype)] * 2,
+        )  # fmt: skip
+        return total, y
+
+    def project(self, x: relax.Expr, weight: str, out_dtype: str | None = None) -> relax.Expr:
+        """x [m, K] -> [m, N] with weight [N, K]."""
+        transposed = self.builder.emit(relax.op.permute_dims(self.weights[weight]))
+        return self.builder.emit(relax.op.matmul(x, transposed, out_dtype=out_dtype or self.dtype))
+
+    def project_all(self, x: relax.Expr, weights: list[str]) -> relax.Expr:
+        """Several projections of one input, side by side: FuseProjections makes one of them."""
+        return self.builder.emit(relax.op.concat([self.project(x, weight) for weight in weights], axis=-1))
+
+    def call(
+        self,
+        operation: str,
+        static: tuple,
+        inputs: list[relax.Expr],
+        outputs: list[tuple],
+        counted: bool = True,
+        in_place: list[int] | None = None,
+    ):
+        """One of schedules.ops; `counted` operations take the number of tokens first.
+
+        `outputs` are (shape, dtype), `in_place` names for each the input it overwrites (-1: none). Returns the
+        results as a tuple, a single one bare.
+        """
+        kernel = getattr(self.ops, operation)(*((self.tokens,) if counted else ()), *static)
+        function = self.builder.add_func(kernel, f"{operation}_{self.name}" if counted else operation)
+        types = [relax.TensorType(shape, dtype) for shape, dtype in outputs]
+        arguments = relax.Tuple(inputs)
+        result = self.builder.emit(
+            relax.op.call_tir(function, arguments, types if len(types) > 1 else types[0])
+            if in_place is None
+            else relax.op.call_tir_inplace(function, arguments, in_place, types)
+        )
+        if len(types) == 1:
+            return result
+        return tuple(self.builder.emit(relax.TupleGetItem(result, i)) for i in range(len(types)))
+
+
+def _var(name: str, shape, dtype: str) -> relax.Var:
+    return relax.Var(name, relax.TensorType(shape, dtype))
