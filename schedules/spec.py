@@ -46,6 +46,6 @@ class KernelSpec:
 
     @staticmethod
     def from_json(text: str) -> KernelSpec:
-        facts = json.loads(text)
+        facts = json.loads(str(text))
         name, options = facts.pop("choice")
         return KernelSpec(FormatChoice(name, tuple((key, value) for key, value in options)), **facts)

@@ -7,6 +7,7 @@ Each module has two functions:
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from importlib import import_module
@@ -47,7 +48,7 @@ class Decision:
 def _template(spec: KernelSpec) -> ModuleType:
     try:
         return import_module(KERNELS[spec.choice.name, spec.device])
-    except (KeyError, ModuleNotFoundError) as missing:
+    except KeyError as missing:
         raise Refusal(f"no {spec.device} kernel for format {spec.choice}: choose another format") from missing
 
 
@@ -75,3 +76,14 @@ def instantiate(spec: KernelSpec, decisions: Mapping[str, int] | None = None) ->
     if function.attrs and "global_symbol" in function.attrs:
         function = function.without_attr("global_symbol")
     return function.with_attr({**KERNEL_ATTRS, SPEC_ATTR: spec.to_json()})
+
+
+def write_decisions(function: tvm.tirx.PrimFunc, tuned: Mapping[str, Mapping[str, int]]) -> tvm.tirx.PrimFunc:
+    """Notes the decisions of tuning records, by arch: a CPU kernel is written again for each instruction set."""
+    return function.with_attr(DECISIONS_ATTR, json.dumps({arch: dict(d) for arch, d in tuned.items()}, sort_keys=True))
+
+
+def read_decisions(function: tvm.tirx.PrimFunc) -> dict[str, dict[str, int]]:
+    """What `write_decisions` noted: {} without a record."""
+    noted = (function.attrs or {}).get(DECISIONS_ATTR)
+    return json.loads(str(noted)) if noted is not None else {}
