@@ -1,4 +1,4 @@
-"""Formats: every bfloat16 matrix comes back bit for bit, and a kernel can walk the delta stream without bounds checks."""
+"""Formats: every bfloat16 matrix comes back bit for bit; a kernel can walk the delta stream without bounds checks."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def matrices(draw) -> torch.Tensor:
     """Rows of very different density; values normal, or any finite bit pattern: subnormals, -0.0, 2^127."""
     n, k = draw(st.integers(1, 70)), draw(st.sampled_from([1, 2, 7, 16, 31, 33, 100, 257, 700]))
     rng = np.random.default_rng(draw(st.integers(0, 2**32)))
-    density = rng.choice(draw(st.lists(st.floats(0, 1), min_size=1, max_size=4)) + [0.0], size=(n, 1))
+    density = rng.choice([0.0, *draw(st.lists(st.floats(0, 1), min_size=1, max_size=4))], size=(n, 1))
     values = torch.from_numpy(rng.normal(0, 0.01, (n, k))).bfloat16().view(torch.int16).numpy().view(np.uint16)
     if draw(st.booleans()):
         wild = rng.integers(0, 1 << 16, (n, k)).astype(np.uint16)
@@ -51,8 +51,8 @@ def test_round_trip_is_bit_exact(weight, choice):
     for buffer in fmt.buffers(tuple(weight.shape), choice):
         tensor = packed.buffers[buffer.name]
         assert str(tensor.dtype) == f"torch.{buffer.dtype}" and tensor.numel() > 0
-        shape = [sizes.setdefault(d, real) if isinstance(d, str) else d for d, real in zip(buffer.shape, tensor.shape)]
-        assert list(tensor.shape) == shape
+        named = zip(buffer.shape, tensor.shape, strict=True)
+        assert list(tensor.shape) == [sizes.setdefault(d, real) if isinstance(d, str) else d for d, real in named]
 
 
 @settings(max_examples=40, deadline=None)
@@ -83,8 +83,7 @@ def test_nan_and_infinity_are_refused(choice, value):
 
 def walk(packed, x: np.ndarray) -> np.ndarray:
     """y = W x the way a kernel lane does it: word by word, no check of any column. x ends in PAST zeros."""
-    part = {name: tensor.view(torch.int16) if tensor.itemsize == 2 else tensor for name, tensor in packed.buffers.items()}
-    part = {name: tensor.numpy() for name, tensor in part.items()}
+    part = {name: t.view(torch.int16 if t.itemsize == 2 else t.dtype).numpy() for name, t in packed.buffers.items()}
     g, base = packed.choice.option("gap_bits"), int(part["scale"][0])
     value_mask = 0x80000000 | ((1 << 15 - g) - 1) << 16
     y = np.zeros(packed.shape[0])

@@ -6,7 +6,7 @@ takes them in the order of `Format.buffers`, so this order is part of the format
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
@@ -64,8 +64,9 @@ class Format(Protocol):
 
     name: str
 
-    def choice(self, **options: int) -> FormatChoice:
-        """The format with these options, the others at their defaults."""
+    @property
+    def choice(self) -> Callable[..., FormatChoice]:
+        """Makes the format's choice with these options (ints, by name), the others at their defaults."""
 
     def choices(self, stats: Stats) -> Sequence[FormatChoice]:
         """What the plan may choose for a matrix: empty where the format cannot hold it or never wins."""

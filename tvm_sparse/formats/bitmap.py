@@ -24,12 +24,12 @@ _GATHER = sum(1 << (56 - 7 * i) for i in range(8))
 
 class Bitmap:
     """
-        mask       uint32 [N, ceil(K/32)]   bit j of word i of a row: column 32 i + j is not zero
-        row_start  int32  [N + 1]           where a row's values begin
-        values     bfloat16 [nnz + 64]      row after row, column after column; then 64 zeros
+    mask       uint32 [N, ceil(K/32)]   bit j of word i of a row: column 32 i + j is not zero
+    row_start  int32  [N + 1]           where a row's values begin
+    values     bfloat16 [nnz + 64]      row after row, column after column; then 64 zeros
 
-        row      0 0 a 0 b 0 0 c ...                    mask    0b...10010100
-        values   ... | a b c ... | next row ...         row_start[n] is where `a` stands
+    row      0 0 a 0 b 0 0 c ...                    mask    0b...10010100
+    values   ... | a b c ... | next row ...         row_start[n] is where `a` stands
     """
 
     name = "bitmap"

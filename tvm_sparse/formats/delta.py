@@ -13,7 +13,7 @@ from torch.nn.functional import pad
 
 from tvm_sparse.errors import Refusal
 from tvm_sparse.formats.base import Buffer, FormatChoice, Packed, Shape
-from tvm_sparse.formats.bits import as_bits, magnitude
+from tvm_sparse.formats.bits import as_bits
 from tvm_sparse.formats.blocks import over_blocks
 from tvm_sparse.formats.delta_words import Code, Lanes, Survey, best_code, survey
 from tvm_sparse.formats.stats import CHUNK, GAP_BITS, GROUP, Stats, group_chunks
@@ -34,7 +34,7 @@ class Delta:
 
         words      uint16 [chunks, 32, 8]      chunk, lane, word: a warp loads 512 contiguous bytes
         row_of     int32  [groups * 32]        the original row that lane l of group g walks; -1: none
-        seg_chunk  int32  [groups, S + 1]      first chunk of each segment, and the end: a group's chunks in S equal cuts
+        seg_chunk  int32  [groups, S + 1]      first chunk of each segment, and the end: S equal cuts of a group
         seg_col    int32  [groups, S, 32]      the column before the lane's first word in the segment; -1 at a row start
         scale      int32  [1]                  base
         res_start  int32  [N + 1]              residual, original rows in order: where each row's values begin
@@ -87,10 +87,7 @@ class Delta:
         bits = as_bits(weight)
         (n, k), device = bits.shape, bits.device
         segments = choice.option("segments")
-        exponents = over_blocks(lambda a, b: _exponents(bits[a:b]), n, k, device)
-        code, _ = best_code(torch.stack(exponents).sum(0).tolist(), choice.option("gap_bits"))
-
-        surveys = over_blocks(lambda a, b: survey(bits[a:b], code), n, k, device)
+        code, surveys = _surveyed(bits, choice.option("gap_bits"))
         order = torch.cat([part.words for part in surveys])
         chunks = group_chunks(order)
         order = order.sort(descending=True, stable=True).indices
@@ -155,9 +152,14 @@ class Delta:
         return out.view(torch.bfloat16)
 
 
-def _exponents(bits: torch.Tensor) -> torch.Tensor:
-    absolute = magnitude(bits).view(-1)
-    return (absolute[absolute.nonzero().view(-1)] >> 7).bincount(minlength=256)
+def _surveyed(bits: torch.Tensor, gap_bits: int) -> tuple[Code, list[Survey]]:
+    """The window, and the survey of each row block under it: only rows with values outside it are read again."""
+    n, k = bits.shape
+    blind = over_blocks(lambda a, b: (a, survey(bits[a:b], gap_bits)), n, k, bits.device)
+    code, _ = best_code(torch.stack([part.exponents for _, part in blind]).sum(0).tolist(), gap_bits)
+    at = dict(blind)
+    again = over_blocks(lambda a, b: at[a].under(code, bits[a:b]), n, k, bits.device)
+    return code, again
 
 
 def _residual(surveys: Sequence[Survey]) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import accumulate
 
 import torch
@@ -63,7 +63,7 @@ def code_width(gap_bits: int) -> int:
 
 
 def best_code(exponents: Sequence[int], gap_bits: int) -> tuple[Code, int]:
-    """The window over the exponent histogram that leaves least to the residual (the lowest of equals), what it holds."""
+    """The window over the exponent histogram that leaves least to the residual (lowest of equals), what it holds."""
     width = code_width(gap_bits)
     below = [0, *accumulate(exponents)]
     bases = range(min(MAX_BASE, 254 - width) + 1)
@@ -77,26 +77,45 @@ class Survey:
 
     words: torch.Tensor  # int64 [rows]
     nnz: int
+    exponents: torch.Tensor  # int64 [256]
     res_count: torch.Tensor  # int64 [rows]
     res_col: torch.Tensor  # int64 [nr]
     res_val: torch.Tensor  # int16 [nr]
 
+    def under(self, code: Code, bits: torch.Tensor) -> Survey:
+        """The same block once the window is known: rows with values outside it are surveyed again."""
+        outside = self.exponents.clone()
+        outside[code.base + 1 : code.base + code.width + 1] = 0
+        if not bool(outside.any()):
+            return self
+        absolute = magnitude(bits)
+        rows = ((absolute != 0) & ~code.holds(absolute)).any(1).nonzero().view(-1)
+        again = survey(bits[rows], code.gap_bits, code)
+        return replace(
+            self,
+            words=self.words.index_copy(0, rows, again.words),
+            res_count=self.res_count.index_copy(0, rows, again.res_count),
+            res_col=again.res_col,
+            res_val=again.res_val,
+        )
 
-def survey(bits: torch.Tensor, code: Code) -> Survey:
-    """int16 [rows, K] -> Survey. Raises Refusal for NaN and infinity."""
+
+def survey(bits: torch.Tensor, gap_bits: int, code: Code | None = None) -> Survey:
+    """int16 [rows, K] -> Survey; without a code every value is taken to be held. Raises Refusal for NaN, infinity."""
     absolute = magnitude(bits)
-    held = code.holds(absolute)
+    present = absolute != 0
+    held = present if code is None else code.holds(absolute)
     per_row = held.sum(1)
     flat = held.view(-1).nonzero().view(-1)
     gap = row_gaps(flat, per_row, bits.shape[1])
-    long = (gap > 1 << code.gap_bits).nonzero().view(-1)
-    fillers = pad(((gap[long] - 1) >> code.gap_bits).cumsum(0), (1, 0))
+    long = (gap > 1 << gap_bits).nonzero().view(-1)
+    fillers = pad(((gap[long] - 1) >> gap_bits).cumsum(0), (1, 0))
     fillers = fillers[torch.searchsorted(long, per_row.cumsum(0))]
-    left = (absolute != 0) & ~held
-    res_row, res_col = left.nonzero(as_tuple=True)
+    res_row, res_col = (present & ~held if code else held[:0]).nonzero(as_tuple=True)
     return Survey(
         words=per_row + fillers.diff(prepend=fillers.new_zeros(1)),
         nnz=flat.numel() + res_col.numel(),
+        exponents=(absolute.view(-1)[flat] >> 7).bincount(minlength=256),
         res_count=res_row.bincount(minlength=bits.shape[0]),
         res_col=res_col,
         res_val=bits[res_row, res_col],
@@ -172,7 +191,7 @@ class Lanes:
 
 def _address(lane: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
     """Position in [chunks, 32, 8] of the word `index` of a lane whose first word stands at `lane`."""
-    return lane + (index // CHUNK) * (GROUP * CHUNK) + index % CHUNK
+    return lane + (index >> 3) * (GROUP * CHUNK) + (index & 7)  # CHUNK is 8
 
 
 def _with_zeros(columns: torch.Tensor, room: int, code: Code) -> torch.Tensor:

@@ -38,19 +38,21 @@ class Dense:
 
     def pack(self, weight: torch.Tensor, choice: FormatChoice) -> Packed:
         if choice.options:
+            n, k = weight.shape
             values = weight.float() + 0.0  # -0.0 + 0.0 is +0.0
             if not bool(values.isfinite().all()):
                 raise Refusal("some weights are NaN or infinite: repair the checkpoint, no format holds them")
-            return Packed(choice, tuple(weight.shape), int(values.count_nonzero()), {"": values})
+            return Packed(choice, (n, k), int(values.count_nonzero()), {"": values})
         bits = as_bits(weight)
+        n, k = bits.shape
         out = torch.empty_like(bits)
 
         def copy(start: int, stop: int) -> int:
             out[start:stop] = positive_zero(bits[start:stop])
             return int(magnitude(bits[start:stop]).count_nonzero())
 
-        nnz = sum(over_blocks(copy, *bits.shape, bits.device))
-        return Packed(choice, tuple(weight.shape), nnz, {"": out.view(torch.bfloat16)})
+        nnz = sum(over_blocks(copy, n, k, bits.device))
+        return Packed(choice, (n, k), nnz, {"": out.view(torch.bfloat16)})
 
     def unpack(self, packed: Packed) -> torch.Tensor:
         return packed.buffers[""]

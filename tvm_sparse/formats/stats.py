@@ -38,9 +38,7 @@ class Stats:
         return self.nnz / (self.shape[0] * self.shape[1])
 
 
-def measure(
-    weight: torch.Tensor | Iterable[torch.Tensor], blocks: Sequence[tuple[int, int]] = ((16, 16),)
-) -> Stats:
+def measure(weight: torch.Tensor | Iterable[torch.Tensor], blocks: Sequence[tuple[int, int]] = ((16, 16),)) -> Stats:
     """bfloat16 [N, K], whole or as row blocks, -> Stats. Raises Refusal for NaN, infinity, another dtype.
 
     `blocks`: the rectangles to count; row blocks other than the last must be multiples of their heights.
@@ -58,7 +56,7 @@ def measure(
         def count(start: int, stop: int, bits: torch.Tensor = bits) -> _Count:
             return _count(bits[start:stop], blocks)
 
-        counts += over_blocks(count, *bits.shape, bits.device, multiple)
+        counts += over_blocks(count, bits.shape[0], columns, bits.device, multiple)
     words = torch.cat([part.words for part in counts], 1)
     return Stats(
         shape=(words.shape[1], columns),
@@ -89,7 +87,7 @@ class _Count:
 
 
 def _count(bits: torch.Tensor, blocks: Sequence[tuple[int, int]]) -> _Count:
-    rows, columns = bits.shape
+    columns = bits.shape[1]
     absolute = magnitude(bits)
     present = absolute != 0
     per_row = present.sum(1)

@@ -23,10 +23,10 @@ _PAIRS = {
 class TwoFour:
     """K is padded with zero columns to K' = 16 ceil(K/16).
 
-        values  bfloat16 [N, K'/2]    the two kept values of each group of four columns
-        meta    uint16   [N, K'/16]   four groups in a word, lowest bits first: i0 | i1 << 2, i0 < i1
+    values  bfloat16 [N, K'/2]    the two kept values of each group of four columns
+    meta    uint16   [N, K'/16]   four groups in a word, lowest bits first: i0 | i1 << 2, i0 < i1
 
-        columns  a 0 0 b | 0 c d 0 | ...     values  a b c d ...     meta  ... 10 01 | 11 00
+    columns  a 0 0 b | 0 c d 0 | ...     values  a b c d ...     meta  ... 10 01 | 11 00
     """
 
     name = "2:4"
