@@ -68,7 +68,8 @@ class FolderCheckpoint(Checkpoint):
         path, full, _ = self._text[name]
         if path not in self._files:
             self._files[path] = safe_open(path, framework="pt")
-        return self._files[path].get_slice(full)[start:stop]
+        # a slice may be a view of the mapped file: what the caller writes must not come back with the next read
+        return self._files[path].get_slice(full)[start:stop].clone()
 
 
 def folder_config(folder: Path, expected: ModelConfig | None = None) -> ModelConfig:

@@ -24,16 +24,18 @@ def model_config(model: str) -> ModelConfig:
     raise Refusal(f"unknown model {model}: give a folder, a hub id or one of {', '.join(REGISTERED)}")
 
 
-def open_checkpoint(where: str, config: ModelConfig | None = None, *, model: str | None = None) -> Checkpoint:
+def open_checkpoint(
+    where: str, config: ModelConfig | None = None, *, model: str | None = None, seed: int = 0
+) -> Checkpoint:
     """Opens `--weights`: a folder, a hub id, a registered name, `synthetic`, or `auto`.
 
     `auto` is `model` as a folder, else its copy in the local hub cache, else the hub. With `config` the weights must
-    fit it. Raises Refusal for bad input, WeightsUnavailable where no weights can be had.
+    fit it; `seed` is of synthetic ones. Raises Refusal for bad input, WeightsUnavailable where no weights can be had.
     """
     if where == "synthetic":
         if config is None:
             raise Refusal("synthetic weights need a model: pass --model")
-        return SyntheticCheckpoint(config)
+        return SyntheticCheckpoint(config, seed)
     if where == "auto":
         if model is None:
             raise Refusal("weights auto needs a model: pass --model, or --weights FOLDER")

@@ -16,7 +16,6 @@ import torch
 from tvm_sparse.checkpoint.base import Checkpoint
 from tvm_sparse.models.config import ModelConfig
 
-SEED = 0
 ROWS = 256
 _STD = {
     "down_proj": 0.0109,
@@ -33,7 +32,7 @@ _FLOAT32 = ("linear_attn.A_log", "linear_attn.norm.weight")  # as the published 
 
 
 class SyntheticCheckpoint(Checkpoint):
-    def __init__(self, config: ModelConfig, seed: int = SEED) -> None:
+    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
         super().__init__(config, {"kind": "synthetic", "seed": seed}, {})
         self.seed = seed
 

@@ -171,9 +171,9 @@ class ModelConfig:
         }
         return cls(
             num_hidden_layers=count,
-            rms_norm_eps=float(_required(text, "rms_norm_eps")),
-            rope_theta=float(_required(rope, "rope_theta")),
-            partial_rotary_factor=float(rope.get("partial_rotary_factor", 0.25)),
+            rms_norm_eps=_positive(text, "rms_norm_eps"),
+            rope_theta=_positive(rope, "rope_theta"),
+            partial_rotary_factor=_positive({"partial_rotary_factor": 0.25} | rope, "partial_rotary_factor"),
             # the published 27B has it at the top only
             tie_word_embeddings=bool(data.get("tie_word_embeddings", text.get("tie_word_embeddings", False))),
             layer_types=_layer_types(text, count),
@@ -199,8 +199,12 @@ class ModelConfig:
 
 def token_ids(*found: int | list[int] | None) -> tuple[int, ...]:
     """Joins end-of-text ids as config files write them (a number, a list or nothing), each once, in order."""
-    lists = [[each] if isinstance(each, int) else list(each or ()) for each in found]
-    return tuple(dict.fromkeys(token for each in lists for token in each))
+    lists = [each if isinstance(each, list) else [] if each is None else [each] for each in found]
+    tokens = [token for each in lists for token in each]
+    for token in tokens:
+        if type(token) is not int or token < 0:
+            raise Refusal(f"config: eos_token_id {token!r} is not a token's number")
+    return tuple(dict.fromkeys(tokens))
 
 
 @dataclass(frozen=True)
@@ -271,6 +275,13 @@ def _number(data: Mapping[str, Any], key: str) -> int:
     return value
 
 
+def _positive(data: Mapping[str, Any], key: str) -> float:
+    value = _required(data, key)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not value > 0:
+        raise Refusal(f"config: {key} is {value!r}, not a positive number")
+    return float(value)
+
+
 def _require_divides(config: ModelConfig, part: str, whole: str) -> None:
     if getattr(config, whole) % getattr(config, part):
         raise Refusal(f"config: {whole} {getattr(config, whole)} is not a multiple of {part} {getattr(config, part)}")
@@ -310,8 +321,11 @@ def _rope(text: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _layer_types(text: Mapping[str, Any], count: int) -> tuple[str, ...]:
-    if text.get("layer_types") is not None:
-        return tuple(text["layer_types"])
+    listed = text.get("layer_types")
+    if isinstance(listed, list | tuple):
+        return tuple(listed)
+    if listed is not None:
+        raise Refusal(f"config: layer_types is {listed!r}, not a list")
     interval = _number(text, "full_attention_interval")
     return tuple(FULL if (layer + 1) % interval == 0 else LINEAR for layer in range(count))
 
