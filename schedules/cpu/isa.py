@@ -48,9 +48,13 @@ class Isa:
         return f'alwaysinline "target-cpu"="{self.mcpu}"{features}'
 
     @property
+    def triple(self) -> str:
+        return "x86_64-unknown-linux-gnu"
+
+    @property
     def llvm(self) -> str:
         body = self.text.replace("DEFINE", "define weak_odr").replace("@ts_", f"@ts_{self.prefix}_")
-        return f'target triple = "x86_64-unknown-linux-gnu"\n{body.replace("ATTRS", self.attributes)}\n!0 = !{{}}\n'
+        return f'target triple = "{self.triple}"\n{body.replace("ATTRS", self.attributes)}\n!0 = !{{}}\n'
 
     @property
     def prefix(self) -> str:
@@ -101,7 +105,8 @@ DEFINE <16 x i32> @ts_expand(ptr %p, i32 %bits) ATTRS {
 DEFINE <16 x i32> @ts_expand_half(ptr %p, i32 %bits) ATTRS {
   %h = load <16 x i16>, ptr %p, align 2, !invariant.load !0
   %v = shufflevector <16 x i16> %h, <16 x i16> poison, <32 x i32> <
-    i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7, i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15,
+    i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7,
+    i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15,
     i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison,
     i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison, i32 poison>
   %k = bitcast i32 %bits to <32 x i1>

@@ -67,21 +67,19 @@ def build(spec: KernelSpec, decisions: Mapping[str, int], rows_type: type) -> ti
     isa = ISAS[spec.arch]
     m = tirx.Var("m", "int64") if spec.m is None else spec.m
     chunk = decisions["chunk"]
-    with IRBuilder() as builder:
-        with T.prim_func(s_tir=True):
-            T.func_name("main")
-            x, buffers, y = arguments(spec, m)
-            with T.attr(T.int32(0), "pragma_import_llvm", isa.llvm):
-                with T.parallel(0, -(-spec.n // chunk)) as c:
-                    for width, first, count in token_tiles(m, decisions["tokens"]):
-                        rows = max(1, min(decisions["rows"], decisions["accumulators"] // width))
-                        with T.serial(0, count) as tile, T.serial(0, -(-chunk // rows)) as group:
-                            last = tirx.min(c * chunk + chunk, spec.n) - 1
-                            # A tile that reaches past the chunk computes the chunk's last row again.
-                            at = [tirx.min(c * chunk + group * rows + r, last) for r in range(rows)]
-                            tokens = [first + tile * width + t for t in range(width)]
-                            streams = rows_type(isa, buffers, rows, spec, decisions["prefetch"])
-                            _tile(isa, spec, streams, x, y, at, tokens)
+    with IRBuilder() as builder, T.prim_func(s_tir=True):
+        T.func_name("main")
+        x, buffers, y = arguments(spec, m)
+        with T.attr(T.int32(0), "pragma_import_llvm", isa.llvm), T.parallel(0, -(-spec.n // chunk)) as c:
+            for width, first, count in token_tiles(m, decisions["tokens"]):
+                rows = max(1, min(decisions["rows"], decisions["accumulators"] // width))
+                with T.serial(0, count) as tile, T.serial(0, -(-chunk // rows)) as group:
+                    last = tirx.min(c * chunk + chunk, spec.n) - 1
+                    # A tile that reaches past the chunk computes the chunk's last row again.
+                    at = [tirx.min(c * chunk + group * rows + r, last) for r in range(rows)]
+                    tokens = [first + tile * width + t for t in range(width)]
+                    streams = rows_type(isa, buffers, rows, spec, decisions["prefetch"])
+                    _tile(isa, spec, streams, x, y, at, tokens)
     return builder.get()
 
 
