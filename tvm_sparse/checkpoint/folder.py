@@ -145,7 +145,7 @@ def _text_tensors(folder: Path) -> tuple[dict[str, tuple[Path, str, Entry]], dic
         for full, shard in read_json(folder / INDEX)["weight_map"].items():
             if full not in held:
                 raise Refusal(f"{folder / shard} does not hold {full}, which {INDEX} promises: fetch it again")
-    return text, dict(dropped)
+    return text, dict(sorted(dropped.items()))
 
 
 def _check_tensors(

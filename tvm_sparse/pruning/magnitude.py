@@ -7,8 +7,6 @@ in memory: one pass for bfloat16 (15 bits), two for float32 (upper 15 bits, then
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
-
 import numpy as np
 import torch
 
@@ -28,36 +26,34 @@ class MatrixThreshold:
 
     def scan(self, index: int, start: int, magnitude: torch.Tensor) -> None:
         if self.scans == 1:
-            self._counts += count(magnitude, 1 << 15)
+            self._counts += _count(magnitude, 1 << 15)
         elif index == 0:
-            self._counts += count((magnitude >> _LOW).to(torch.int16), 1 << 15)
+            self._counts += _count(magnitude >> _LOW, 1 << 15)
         else:
             if start == 0:
                 self._narrow()
                 self._counts = torch.zeros(1 << _LOW, dtype=torch.int64)
             inside = magnitude[(magnitude >> _LOW) == self._threshold] & ((1 << _LOW) - 1)
-            self._counts += torch.bincount(inside, minlength=1 << _LOW)
+            self._counts += _count(inside, 1 << _LOW)
 
-    def drop(self, start: int, magnitude: torch.Tensor) -> torch.Tensor:
-        """The mask of weights to zero; row blocks come in order."""
+    def keep(self, start: int, magnitude: torch.Tensor) -> torch.Tensor:
         if not self._found:
             self._narrow()
             self._found = True
-        mask = magnitude < self._threshold
         if self._left == 0:
-            return mask
+            return magnitude >= self._threshold
         if self._left == self._ties:
-            return magnitude <= self._threshold
+            return magnitude > self._threshold
         ties = magnitude == self._threshold
         here = int(ties.count_nonzero())
-        if here > self._left:
-            first = ties.view(-1).nonzero()[: self._left, 0]
-            mask.view(-1)[first] = True
-            self._left, self._ties = 0, 1
-            return mask
-        self._left -= here
-        self._ties -= here
-        return mask.logical_or_(ties)
+        if here <= self._left:
+            self._left -= here
+            self._ties -= here
+            return magnitude > self._threshold
+        kept = magnitude >= self._threshold
+        kept.view(-1)[ties.view(-1).nonzero()[: self._left, 0]] = False
+        self._left = 0
+        return kept
 
     def _narrow(self) -> None:
         """Moves the threshold into the bin where the running count passes what is left to drop."""
@@ -79,26 +75,19 @@ class RowThreshold:
 
     def scan(self, index: int, start: int, magnitude: torch.Tensor) -> None: ...
 
-    def drop(self, start: int, magnitude: torch.Tensor) -> torch.Tensor:
+    def keep(self, start: int, magnitude: torch.Tensor) -> torch.Tensor:
         if self.zeros == 0:
-            return torch.zeros_like(magnitude, dtype=torch.bool)
+            return torch.ones_like(magnitude, dtype=torch.bool)
         ordered = np.partition(magnitude.numpy(), self.zeros - 1, axis=1)
         threshold = torch.from_numpy(ordered[:, self.zeros - 1 : self.zeros].copy())
-        mask = magnitude < threshold
-        left = self.zeros - mask.sum(1)
+        kept = magnitude >= threshold
+        left = self.zeros - (magnitude.shape[1] - kept.sum(1))  # to drop among the equals of each row
         row, column = (magnitude == threshold).nonzero(as_tuple=True)
         starts = torch.searchsorted(row, torch.arange(len(magnitude)))
-        taken = torch.arange(len(row)) - starts[row] < left[row]
-        mask[row[taken], column[taken]] = True
-        return mask
+        dropped = torch.arange(len(row)) - starts[row] < left[row]
+        kept[row[dropped], column[dropped]] = False
+        return kept
 
 
-def count(magnitude: torch.Tensor, bins: int) -> torch.Tensor:
-    """Histogram of int16 magnitudes. torch counts on one core only, so each thread takes a share."""
-    flat = magnitude.reshape(-1)
-    threads = torch.get_num_threads()
-    if threads == 1 or flat.numel() < 1 << 16:
-        return torch.bincount(flat, minlength=bins)
-    with ThreadPoolExecutor(threads) as pool:
-        parts = pool.map(lambda part: torch.bincount(part, minlength=bins), flat.chunk(threads))
-    return torch.stack(list(parts)).sum(0)
+def _count(values: torch.Tensor, bins: int) -> torch.Tensor:
+    return torch.bincount(values.view(-1), minlength=bins)

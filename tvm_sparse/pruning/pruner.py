@@ -18,16 +18,16 @@ Read = Callable[[int, int], torch.Tensor]
 
 
 class Rule(Protocol):
-    """Decides which weights of one matrix become zero, from their magnitudes (bits without sign) alone.
+    """Decides which weights of one matrix stay, from their magnitudes (bits without sign) alone.
 
-    `scans` passes over all row blocks, in order, come before the one that drops.
+    `scans` passes over all row blocks come before the one that asks for the masks of what to keep; each in order.
     """
 
     scans: int
 
     def scan(self, index: int, start: int, magnitude: torch.Tensor) -> None: ...
 
-    def drop(self, start: int, magnitude: torch.Tensor) -> torch.Tensor: ...
+    def keep(self, start: int, magnitude: torch.Tensor) -> torch.Tensor: ...
 
 
 @dataclass
@@ -113,7 +113,7 @@ class Pruner:
             if negative:
                 bits.masked_fill_(magnitude == 0, 0)
             if rule:
-                bits.masked_fill_(rule.drop(start, magnitude), 0)
+                bits.mul_(rule.keep(start, magnitude))
             zeros.negative_zeros += negative
             zeros.nnz += int(bits.count_nonzero())
             yield block

@@ -18,7 +18,7 @@ class KeepNOfM:
 
     def scan(self, index: int, start: int, magnitude: torch.Tensor) -> None: ...
 
-    def drop(self, start: int, magnitude: torch.Tensor) -> torch.Tensor:
+    def keep(self, start: int, magnitude: torch.Tensor) -> torch.Tensor:
         rows, columns = magnitude.shape
         lanes = magnitude.view(-1, self.m).T.contiguous()
         rank = torch.zeros(lanes.shape, dtype=torch.int16)  # how many of the group are smaller
@@ -26,7 +26,7 @@ class KeepNOfM:
             later = lanes[i] <= lanes[j]
             rank[j] += later
             rank[i] += later.logical_not_()
-        return (rank < self.m - self.n).T.reshape(rows, columns)
+        return (rank >= self.m - self.n).T.reshape(rows, columns)
 
 
 class BlockNorms:
@@ -39,7 +39,7 @@ class BlockNorms:
         grid = (-(-shape[0] // rows), -(-shape[1] // cols))
         self._norms = torch.zeros(grid, dtype=torch.float64)
         self._count = round_half_up(share * self._norms.numel())
-        self._dropped: torch.Tensor | None = None
+        self._kept: torch.Tensor | None = None
 
     def scan(self, index: int, start: int, magnitude: torch.Tensor) -> None:
         kind = torch.bfloat16 if magnitude.dtype == torch.int16 else torch.float32
@@ -51,15 +51,15 @@ class BlockNorms:
         first = start // self.rows
         self._norms[first : first + len(norms)] = norms
 
-    def drop(self, start: int, magnitude: torch.Tensor) -> torch.Tensor:
-        if self._dropped is None:
+    def keep(self, start: int, magnitude: torch.Tensor) -> torch.Tensor:
+        if self._kept is None:
             order = self._norms.view(-1).sort(stable=True).indices
-            dropped = torch.zeros(self._norms.numel(), dtype=torch.bool)
-            dropped[order[: self._count]] = True
-            self._dropped = dropped.view(self._norms.shape)
+            kept = torch.ones(self._norms.numel(), dtype=torch.bool)
+            kept[order[: self._count]] = False
+            self._kept = kept.view(self._norms.shape)
         rows, columns = magnitude.shape
         first = start // self.rows
-        here = self._dropped[first : first + -(-rows // self.rows)]
+        here = self._kept[first : first + -(-rows // self.rows)]
         return here.repeat_interleave(self.rows, 0)[:rows].repeat_interleave(self.cols, 1)[:, :columns]
 
 
