@@ -9,11 +9,10 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import safe_open
 
 from tvm_sparse.checkpoint.base import READ_ROWS, Checkpoint
 from tvm_sparse.checkpoint.names import split_name
-from tvm_sparse.checkpoint.safetensors_file import Entry, read_header
+from tvm_sparse.checkpoint.safetensors_file import Entry, read_header, read_rows
 from tvm_sparse.errors import Refusal
 from tvm_sparse.models.config import ModelConfig, TensorSpec, tensors, token_ids
 
@@ -32,7 +31,7 @@ SIDE_FILES = (
 
 
 class FolderCheckpoint(Checkpoint):
-    """Lazy: an open file per shard, memory mapped; a row block is copied out when asked for."""
+    """Lazy: rows are read from their shard when asked for."""
 
     def __init__(self, folder: Path, config: ModelConfig | None, origin: dict[str, Any] | None = None) -> None:
         self.folder = folder
@@ -41,7 +40,6 @@ class FolderCheckpoint(Checkpoint):
         _check_tensors(folder, text, tensors(found), dropped, found.tie_word_embeddings)
         super().__init__(found, origin or {"kind": "folder", "path": str(folder.resolve())}, dropped)
         self._text = text
-        self._files: dict[Path, Any] = {}
         self._exact: dict[str, bool] = {}
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
@@ -65,11 +63,8 @@ class FolderCheckpoint(Checkpoint):
         return {name: self.folder / name for name in SIDE_FILES if (self.folder / name).is_file()}
 
     def _stored(self, name: str, start: int, stop: int) -> torch.Tensor:
-        path, full, _ = self._text[name]
-        if path not in self._files:
-            self._files[path] = safe_open(path, framework="pt")
-        # a slice may be a view of the mapped file: what the caller writes must not come back with the next read
-        return self._files[path].get_slice(full)[start:stop].clone()
+        path, full, entry = self._text[name]
+        return read_rows(path, full, entry, start, stop)
 
 
 def folder_config(folder: Path, expected: ModelConfig | None = None) -> ModelConfig:

@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from tvm_sparse.checkpoint.base import WeightsUnavailable
-from tvm_sparse.checkpoint.folder import INDEX, SIDE_FILES, SINGLE, shard_names
+from tvm_sparse.checkpoint.folder import INDEX, SIDE_FILES, shard_names
 from tvm_sparse.errors import Refusal, Stopped
 
 HUB_IDS = {
@@ -37,10 +37,7 @@ def cached(hub_id: str) -> Path | None:
         folder = Path(snapshot_download(hub_id, allow_patterns=_FILES, local_files_only=True))
     except LocalEntryNotFoundError:
         return None
-    shards = shard_names(folder)
-    if not shards or not all((folder / shard).is_file() for shard in shards):
-        return None
-    return folder if (folder / "config.json").is_file() else None
+    return folder if _complete(folder) else None
 
 
 def download(hub_id: str) -> Path:
@@ -56,8 +53,8 @@ def download(hub_id: str) -> Path:
         folder = Path(snapshot_download(hub_id, allow_patterns=_FILES))
     except Exception as error:
         raise _explained(hub_id, error) from error
-    if shard_names(folder) is None:
-        raise Refusal(f"{hub_id} has no {INDEX} and no {SINGLE}: only safetensors checkpoints are read")
+    if not _complete(folder):  # the hub's client gives what is in the cache where it cannot reach the hub
+        raise _no_weights(hub_id, "it has no safetensors, or could not be reached for the rest of them")
     return folder
 
 
@@ -92,10 +89,19 @@ def _explained(hub_id: str, error: Exception) -> Exception:
         )
     if isinstance(error, RepositoryNotFoundError) and not isinstance(error, GatedRepoError):
         return Refusal(f"the hub has no repository {hub_id}: check the name, or give a folder")
+    return _no_weights(hub_id, _short(error))
+
+
+def _no_weights(hub_id: str, why: str) -> WeightsUnavailable:
     return WeightsUnavailable(
-        f"no weights: {hub_id} is not in the local hub cache and the hub cannot give it ({_short(error)}); fetch it "
+        f"no weights: {hub_id} is not whole in the local hub cache and the hub does not give it ({why}); fetch it "
         f"on a machine with network (hf download {hub_id}) and pass --weights FOLDER, or pass --weights synthetic"
     )
+
+
+def _complete(folder: Path) -> bool:
+    shards = shard_names(folder)
+    return bool(shards) and all((folder / name).is_file() for name in ("config.json", *(shards or ())))
 
 
 def _short(error: Exception) -> str:
