@@ -68,9 +68,7 @@ class ModelOps:
             self._built[key] = as_kernel(getattr(module, name)(*static))
         return self._built[key]
 
-    def embedding(
-        self, tokens: int | None, vocab: int, hidden: int, table_dtype: str, dtype: str
-    ) -> PrimFunc:
+    def embedding(self, tokens: int | None, vocab: int, hidden: int, table_dtype: str, dtype: str) -> PrimFunc:
         """(ids [n] int32, table [vocab, hidden] table_dtype, y [n, hidden] dtype): y = table[ids]."""
         return self._build("embedding", tokens, vocab, hidden, table_dtype, dtype)
 
@@ -116,9 +114,7 @@ class ModelOps:
         q, k = x * rsqrt(sum(x^2) + 1e-6), q /= sqrt(Dk); beta = sigmoid(b); g = -exp(A_log) * softplus(a + dt_bias);
         S = exp(g) S; delta = beta (v - S^T k); S = S + k delta^T; o = S^T q.
         """
-        return self._build(
-            "gated_delta", tokens, batch, key_heads, value_heads, key_dim, value_dim, dtype
-        )
+        return self._build("gated_delta", tokens, batch, key_heads, value_heads, key_dim, value_dim, dtype)
 
     def gated_norm(
         self,
@@ -135,9 +131,7 @@ class ModelOps:
         For each head: y = w * o * rsqrt(mean(o^2) + eps) * silu(z); z = columns C .. C + Vh Dv - 1 of `mixed`,
         C = 2 Kh Dk + Vh Dv. w is plain (not 1 + w).
         """
-        return self._build(
-            "gated_norm", tokens, key_heads, value_heads, key_dim, value_dim, eps, dtype
-        )
+        return self._build("gated_norm", tokens, key_heads, value_heads, key_dim, value_dim, eps, dtype)
 
     def rope_append(
         self,
@@ -191,9 +185,7 @@ class ModelOps:
         """(logits [n, vocab] f32, targets [n] int32, y [n] f32): y = logits[target] - log(sum(exp(logits))), n symbolic."""
         return self._build("log_probs", vocab)
 
-    def advance(
-        self, tokens: int | None, batch: int, result_shape: tuple[int | None, ...]
-    ) -> PrimFunc:
+    def advance(self, tokens: int | None, batch: int, result_shape: tuple[int | None, ...]) -> PrimFunc:
         """(ids [n] int32, slot, position [batch] in place, result f32 in place): n tokens are done.
 
         tokens None: position[slot[0]] += n; else each position += 1. `result` (logits or log-probabilities, a None in

@@ -121,7 +121,9 @@ def delta_rule(q, k, v, b, a, A_log, dt_bias, S):
 
 
 @both_dtypes
-@pytest.mark.parametrize(("tokens", "heads", "dims"), [(None, (2, 6), (16, 16)), (3, (3, 3), (32, 64)), (1, (1, 2), (8, 48))])
+@pytest.mark.parametrize(
+    ("tokens", "heads", "dims"), [(None, (2, 6), (16, 16)), (3, (3, 3), (32, 64)), (1, (1, 2), (8, 48))]
+)
 def test_gated_delta(tokens, heads, dims, dtype):
     rng = np.random.default_rng(4)
     (Kh, Vh), (Dk, Dv) = heads, dims

@@ -31,6 +31,17 @@ NUM_STATE_ATTR = "tvm_sparse.num_state"
 
 
 @dataclass(frozen=True)
+class Chunks:
+    """The most tokens one call may bring: memory is planned for so many."""
+
+    prefill: int
+    score: int
+
+
+CHUNKS = {"cpu": Chunks(prefill=256, score=64), "cuda": Chunks(prefill=512, score=256)}
+
+
+@dataclass(frozen=True)
 class StateTensor:
     """A tensor that lives from call to call, owned by the caller, zero before a sequence's first token."""
 
@@ -122,6 +133,8 @@ class _Writer:
         inputs = [self.ids, self.slot, self.position, *([self.targets] if self.name == "score" else [])]
         parameters = [*inputs, *self.state.values(), *self.weights.values()]
         attrs = {"num_input": len(inputs) + len(self.state), NUM_STATE_ATTR: len(self.state)}
+        if self.tokens is None:
+            attrs["tir_var_upper_bound"] = {"n": getattr(CHUNKS[self.ops.device], self.name)}
         with self.builder.function(self.name, parameters, attrs):
             with self.builder.dataflow():
                 result = self.builder.emit_output(self.model())

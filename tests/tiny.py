@@ -1,0 +1,94 @@
+"""Random small Qwen3.5 models, and artefacts of them made without the build command."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict
+from pathlib import Path
+
+import torch
+import tvm
+from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
+
+from tvm_sparse.artefact.reader import header_hash
+from tvm_sparse.artefact.safetensors_stream import SafetensorsStream
+from tvm_sparse.artefact.versions import installed
+from tvm_sparse.layout import make_layout
+from tvm_sparse.models.config import ModelConfig
+from tvm_sparse.models.qwen3_5 import CHUNKS, build_module, state_tensors
+from tvm_sparse.passes.bundle_parameters import BundleParameters
+
+
+def random_model(seed: int = 0, rotary: float = 0.25, **sizes) -> Qwen3_5ForCausalLM:
+    """transformers' own model; weights so large that a wrong norm, gate or position shows."""
+    torch.manual_seed(seed)
+    defaults = dict(
+        vocab_size=512, hidden_size=64, intermediate_size=160, num_hidden_layers=4,
+        num_attention_heads=4, num_key_value_heads=2, head_dim=32,
+        linear_num_key_heads=2, linear_num_value_heads=6, linear_key_head_dim=16, linear_value_head_dim=16,
+        max_position_embeddings=2048, tie_word_embeddings=False, full_attention_interval=4, eos_token_id=1,
+    )  # fmt: skip
+    sizes = {**defaults, **sizes}
+    pairs = int(sizes["head_dim"] * rotary) // 2
+    rope = dict(
+        rope_type="default", rope_theta=1e7, partial_rotary_factor=rotary, mrope_interleaved=True,
+        mrope_section=[pairs - 2 * (pairs // 3), pairs // 3, pairs // 3],
+    )  # fmt: skip
+    model = Qwen3_5ForCausalLM(Qwen3_5TextConfig(rope_parameters=rope, **sizes)).eval()
+    for parameter in model.parameters():
+        torch.nn.init.normal_(parameter, std=0.3 if parameter.ndim == 1 else 1.2 / sizes["hidden_size"] ** 0.5)
+    return model
+
+
+def weights_of(model: Qwen3_5ForCausalLM, config: ModelConfig) -> dict[str, torch.Tensor]:
+    """The dense graph's parameters: every matrix by its checkpoint name, vectors as the layout transforms them."""
+    found = {name.removeprefix("model."): tensor.detach() for name, tensor in model.state_dict().items()}
+    weights = {}
+    for param in make_layout(config).params:
+        for source in param.sources:
+            weight = found[source]
+            if param.dtype == "float32":
+                weight = weight.float() + (param.transform == "one_plus")
+            weights[source] = weight.squeeze(1) if param.transform == "squeeze" else weight
+    return weights
+
+
+def compile_dense(config: ModelConfig, dtype: str, batch: int, library: Path) -> None:
+    module = BundleParameters()(build_module(config, dtype, batch))
+    target = tvm.target.Target("llvm")
+    with target:
+        tvm.compile(module, target=target).export_library(str(library))
+
+
+def write_dense_artefact(
+    model: Qwen3_5ForCausalLM, folder: Path, dtype: str = "float32", batch: int = 1, context: int = 256
+) -> Path:
+    """The model, dense, as a folder that the engine opens."""
+    folder.mkdir(parents=True, exist_ok=True)
+    config = ModelConfig.from_json(model.config.to_dict())
+    compile_dense(config, dtype, batch, folder / "lib.so")
+    layout, weights = make_layout(config), weights_of(model, config)
+    matrices = {source for param in layout.params if param.dtype == "model" for source in param.sources}
+
+    stream, params = SafetensorsStream(folder / "params-00001.safetensors"), {}
+    for name, weight in weights.items():
+        weight = weight.to(getattr(torch, dtype)) if name in matrices else weight
+        bits = weight.contiguous().view(torch.uint8).numpy() if weight.ndim else weight.numpy()
+        spelled = str(weight.dtype).removeprefix("torch.")
+        offset, size = stream.write(name, spelled, tuple(weight.shape), [memoryview(bits).cast("B")])
+        buffer = dict(dtype=spelled, shape=list(weight.shape), offset=offset, bytes=size,
+                      sha256=hashlib.sha256(bits.tobytes()).hexdigest())  # fmt: skip
+        params[name] = dict(file=stream.path.name, buffers={"": buffer})
+    stream.close()
+    files = {stream.path.name: dict(bytes=stream.path.stat().st_size, header_sha256=header_hash(stream.path))}
+    (folder / "params.json").write_text(json.dumps(dict(params=params, files=files)))
+
+    facts = dict(
+        versions=installed(), device="cpu", targets=["cpu"], config=config.to_json(),
+        eos_token_ids=list(config.eos_token_ids), dtype=dtype, batch=batch, context=context,
+        prefill_chunk=CHUNKS["cpu"].prefill, score_chunk=CHUNKS["cpu"].score, params=list(weights),
+        state=[asdict(tensor) for tensor in state_tensors(config, layout, batch, dtype)],
+    )  # fmt: skip
+    (folder / "tvm_sparse.json").write_text(json.dumps(facts))
+    return folder

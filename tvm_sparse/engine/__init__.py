@@ -1,0 +1,5 @@
+"""Runs an artefact: needs tvm_ffi, numpy and TVM's runtime library; neither torch nor TVM's Python package or compiler."""
+
+from tvm_sparse.engine.engine import Engine
+
+__all__ = ["Engine"]

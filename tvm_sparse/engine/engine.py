@@ -1,0 +1,226 @@
+"""Engine: an artefact made to run. It owns every buffer; the library gets them as arguments and updates them in place."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, overload
+
+import numpy as np
+
+from tvm_sparse.artefact.reader import open_artefact
+from tvm_sparse.engine.capture import CapturedStep
+from tvm_sparse.engine.runtime import Device
+from tvm_sparse.engine.sampling import Sampling
+from tvm_sparse.engine.text import TextTokenizer
+from tvm_sparse.errors import Refusal
+
+_WARM_UP = 2  # decode steps before one is captured: kernels are loaded and the pool is filled
+
+
+class Engine:
+    """Prefill, decode, score and generate with one artefact on one device.
+
+    An artefact built for a batch of B decodes B sequences together. With B = 1 ids are lists and results are
+    [vocab]; else ids are B lists (or B ids) and results [B, vocab].
+
+    `position` counts the tokens that are in the caches: calls go on from there, `reset` starts again.
+    """
+
+    def __init__(
+        self,
+        folder: str | Path,
+        device: str = "cpu",
+        batch: int | None = None,
+        context: int | None = None,
+        verify: bool = False,
+    ) -> None:
+        """Loads an artefact. `context`, at most the one it was built for, sizes the caches; `verify`
+        compares the hash of every packed buffer first.
+
+        Raises Refusal where folder, versions, device, batch or context do not fit.
+        """
+        self._artefact = open_artefact(folder, device, verify)
+        self._facts = facts = self._artefact.facts
+        self.config: dict[str, Any] = facts["config"]
+        self.vocab_size: int = self.config["vocab_size"]
+        self.eos_token_ids: tuple[int, ...] = tuple(facts["eos_token_ids"])
+        self.batch: int = facts["batch"]
+        self.context: int = context or facts["context"]
+        self._check(batch)
+
+        self._device = Device(device)
+        self.tokenizer = TextTokenizer.find(self._artefact.folder)
+        vm = self._device.load_vm(self._artefact.library)
+        self._prefill, self._decode, self._score = vm["prefill"], vm["decode"], vm["score"]
+        self._params = self._device.array([self._load(name) for name in facts["params"]])
+        self._state_tensors = [
+            self._device.zeros(tuple(self.context if d == "context" else d for d in each["shape"]), each["dtype"])
+            for each in facts["state"]
+        ]
+        self._transient = [each["name"].endswith("_state") for each in facts["state"]]
+        self._state = self._device.array(self._state_tensors)
+        self._slot = self._device.zeros((1,), "int32")
+        self._position = self._device.zeros((self.batch,), "int32")
+        self._step_ids = self._device.zeros((self.batch,), "int32")
+        self._positions = [0] * self.batch
+        self._steps = 0
+        self._captured: CapturedStep | None = None
+
+    @property
+    def position(self) -> int | list[int]:
+        """Tokens in the caches; a list where the batch is larger than 1."""
+        return self._positions[0] if self.batch == 1 else list(self._positions)
+
+    def reset(self) -> None:
+        """Forgets every sequence. Attention caches keep their bytes: nothing reads past the position."""
+        for tensor, transient in zip(self._state_tensors, self._transient, strict=True):
+            if transient:
+                self._device.clear(tensor)
+        self._device.clear(self._position)
+        self._positions = [0] * self.batch
+
+    def prefill(self, ids: Sequence[int] | Sequence[Sequence[int]]) -> np.ndarray:
+        """Puts tokens into the caches; float32 logits [vocab] (or [batch, vocab]) after the last of them."""
+        rows = [self._prefill_slot(slot, each) for slot, each in enumerate(self._per_slot(ids))]
+        return rows[0] if self.batch == 1 else np.stack(rows)
+
+    def decode(self, ids: int | Sequence[int]) -> np.ndarray:
+        """One token further in every sequence; float32 logits [vocab] (or [batch, vocab])."""
+        tokens = [ids] if isinstance(ids, int | np.integer) else list(ids)
+        if len(tokens) != self.batch:
+            raise Refusal(f"decode got {len(tokens)} ids for a batch of {self.batch}: give one for each sequence")
+        for slot in range(self.batch):
+            self._require_room(slot, tokens[slot : slot + 1])
+        self._device.upload(self._step_ids, np.array(tokens, np.int32))
+        logits = self._device.download(self._decode_step())
+        self._positions = [position + 1 for position in self._positions]
+        return logits[0] if self.batch == 1 else logits
+
+    def score(self, ids: Sequence[int] | Sequence[Sequence[int]]) -> np.ndarray | list[np.ndarray]:
+        """float32 [n - 1]: the log-probability of each token after the first (a list of them for a batch).
+
+        All but the last token enter the caches.
+        """
+        rows = [self._score_slot(slot, each) for slot, each in enumerate(self._per_slot(ids))]
+        return rows[0] if self.batch == 1 else rows
+
+    @overload
+    def generate(self, prompt: str, **options: Any) -> Iterator[str]: ...
+    @overload
+    def generate(self, prompt: Sequence[int], **options: Any) -> Iterator[int]: ...
+    def generate(
+        self,
+        prompt: str | Sequence[int],
+        max_new_tokens: int = 64,
+        temperature: float = 0.0,
+        top_k: int = 0,
+        top_p: float = 1.0,
+        seed: int = 0,
+    ) -> Iterator[str] | Iterator[int]:
+        """Starts again and writes on from `prompt`: pieces of text for a text, ids for ids.
+
+        Ends after `max_new_tokens`, at an end-of-text id (not given out) or where the context is full. The same
+        seed gives the same text. Raises Refusal for a prompt longer than the context and for a batch above 1.
+        """
+        if self.batch != 1:
+            raise Refusal(f"generate writes one sequence, this artefact decodes {self.batch}: use prefill and decode")
+        sampling = Sampling(temperature, top_k, top_p)
+        if not isinstance(prompt, str):
+            return self._new_ids(list(prompt), max_new_tokens, sampling, seed)
+        if self.tokenizer is None:
+            raise Refusal(f"{self._artefact.folder} has no tokenizer.json: give token ids instead of text")
+        ids = self.tokenizer.encode(prompt)
+        return self.tokenizer.stream(self._new_ids(ids, max_new_tokens, sampling, seed))
+
+    def _new_ids(self, ids: list[int], count: int, sampling: Sampling, seed: int) -> Iterator[int]:
+        self.reset()
+        random = np.random.default_rng(seed)
+        logits = self.prefill(ids)
+        for remaining in range(count, 0, -1):
+            token = sampling.choose(logits, random)
+            if token in self.eos_token_ids:
+                return
+            yield token
+            if remaining == 1 or self._positions[0] == self.context:
+                return
+            logits = self.decode(token)
+
+    def _prefill_slot(self, slot: int, ids: Sequence[int]) -> np.ndarray:
+        self._require_room(slot, ids)
+        chunk = self._facts["prefill_chunk"]
+        self._device.upload(self._slot, np.array([slot], np.int32))
+        for start in range(0, len(ids), chunk):
+            tokens = self._ids(ids[start : start + chunk])
+            logits = self._prefill(tokens, self._slot, self._position, self._state, self._params)
+            self._positions[slot] += len(ids[start : start + chunk])
+        return self._device.download(logits)[0]
+
+    def _score_slot(self, slot: int, ids: Sequence[int]) -> np.ndarray:
+        if len(ids) < 2:
+            raise Refusal(f"score got {len(ids)} tokens: it needs two at least")
+        inputs, targets = ids[:-1], ids[1:]
+        self._require_room(slot, inputs)
+        self._require_known(targets)
+        chunk = self._facts["score_chunk"]
+        self._device.upload(self._slot, np.array([slot], np.int32))
+        found = []
+        for start in range(0, len(inputs), chunk):
+            part, wanted = (self._ids(each[start : start + chunk]) for each in (inputs, targets))
+            logps = self._score(part, self._slot, self._position, wanted, self._state, self._params)
+            found.append(self._device.download(logps))
+            self._positions[slot] += len(found[-1])
+        return np.concatenate(found)
+
+    def _decode_step(self) -> Any:
+        if self._captured is not None:
+            return self._captured()
+        if self._device.kind == "cuda" and self._steps == _WARM_UP:
+            self._captured = CapturedStep(self._device, self._call_decode)
+            return self._captured()
+        self._steps += 1
+        return self._call_decode()
+
+    def _call_decode(self) -> Any:
+        return self._decode(self._step_ids, self._slot, self._position, self._state, self._params)
+
+    def _per_slot(self, ids: Sequence[int] | Sequence[Sequence[int]]) -> list[Sequence[int]]:
+        rows: list = [ids] if self.batch == 1 else list(ids)
+        if len(rows) != self.batch:
+            raise Refusal(f"{len(rows)} sequences for a batch of {self.batch}: give a list of ids for each")
+        return rows
+
+    def _ids(self, ids: Sequence[int]) -> Any:
+        tensor = self._device.empty((len(ids),), "int32")
+        self._device.upload(tensor, np.array(ids, np.int32))
+        return tensor
+
+    def _require_room(self, slot: int, ids: Sequence[int]) -> None:
+        if not len(ids):
+            raise Refusal("no tokens given: a prompt needs at least one")
+        held = self._positions[slot]
+        if held + len(ids) > self.context:
+            after = f" after {held} tokens" if held else ""
+            raise Refusal(
+                f"a prompt of {len(ids)} tokens{after} does not fit the context of {self.context}: "
+                "shorten it, or build with a larger --context"
+            )
+        self._require_known(ids)
+
+    def _require_known(self, ids: Sequence[int]) -> None:
+        for token in ids:
+            if not 0 <= token < self.vocab_size:
+                raise Refusal(f"token id {token} is outside the vocabulary of {self.vocab_size}")
+
+    def _load(self, name: str) -> Any:
+        stored = self._artefact.buffers[name]
+        tensor = self._device.empty(stored.shape, stored.dtype)
+        self._device.upload(tensor, self._artefact.array(name))
+        return tensor
+
+    def _check(self, batch: int | None) -> None:
+        folder, longest = self._artefact.folder, self._facts["context"]
+        if batch not in (None, self.batch):
+            raise Refusal(f"{folder} decodes a batch of {self.batch}, not {batch}: build with --batch {batch}")
+        if not 0 < self.context <= longest:
+            raise Refusal(f"{folder} was built for a context of {longest}, not {self.context}: build with --context")
