@@ -1,7 +1,7 @@
 """Softmax attention over the caches, on a GPU: one CTA a head of a token, its warps share the context.
 
-Warp w takes positions w, w + 8, ...; a lane holds the dimensions lane, lane + 32, ... of the query, of the
-running sum of values and, as they pass, of keys. Each warp keeps a maximum, a sum of weights and a sum of weighted values
+Warp w takes positions w, w + 8, ...; a lane holds the dimensions lane, lane + 32, ... of the query, of the running
+sum of values and, as they pass, of keys. Each warp keeps a maximum, a sum of weights and a sum of weighted values
 (online softmax, Milakov and Gimelshein 2018, arXiv:1805.02867); the CTA joins its warps at the end in their order.
 """
 

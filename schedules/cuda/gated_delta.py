@@ -1,8 +1,9 @@
 """The gated delta rule on a GPU: a CTA owns 32 columns of one head's state and holds them in registers.
 
-Lane l of every warp is a column, each warp a range of the key rows. Per token the two products with the state, S^T k and
-S^T q, are summed over the warps through shared memory in a fixed order. Columns do not depend on one another, so a head
-of 128 columns gives four CTAs; a prefill walks its tokens in order inside the kernel and reads and writes the state once.
+Lane l of every warp is a column, each warp a range of the key rows. Per token the two products with the state, S^T k
+and S^T q, are summed over the warps through shared memory in a fixed order. Columns do not depend on one another, so
+a head of 128 columns gives four CTAs; a prefill walks its tokens in order inside the kernel and reads and writes the
+state once.
 """
 
 from __future__ import annotations

@@ -108,6 +108,7 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
     tile, depth = decisions["tile"], decisions["depth"]
     columns = k + Delta.PAST(spec.choice)
     padded = -(-columns // 8) * 8
+    partial = padded * tile  # where the partial sums begin
     threads = segments * WARP
     chunks, extra = symbol("chunks"), symbol("nr")
     function, source = _chunk_code(gap_bits, tile)
@@ -143,8 +144,8 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
         thread = T.launch_thread("threadIdx.x", threads)
         lane: T.let[T.int32] = thread % WARP
         warp: T.let[T.int32] = thread // WARP
-        staged = T.alloc_buffer((padded * tile,), "float32", scope="shared.dyn")
-        partial = T.alloc_buffer((segments, tile, WARP), "float32", scope="shared.dyn")
+        # One buffer for both: as two, the allocator would lay the partial sums over x while other warps still read it.
+        shared = T.alloc_buffer((padded * tile + segments * tile * WARP,), "float32", scope="shared.dyn")
         ring = T.alloc_buffer((depth,), "uint32x4", scope="local")
         now = T.alloc_buffer((1,), "uint32x4", scope="local")
         chunk = T.alloc_buffer((2,), "int32", scope="local")  # next to multiply, end
@@ -170,20 +171,20 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
                         T.cuda.func_call(
                             "tvms_stage_bf16x8",
                             T.address_of(x[tiles, (step * threads + thread) * 8]),
-                            T.address_of(staged[(step * threads + thread) * 8]),
+                            T.address_of(shared[(step * threads + thread) * 8]),
                             source_code=_STAGE8,
                         )
                     )
             for step in range(T.ceildiv(padded - k, threads)):
                 if step * threads + thread < padded - k:
-                    staged[k + step * threads + thread] = T.float32(0)
+                    shared[k + step * threads + thread] = T.float32(0)
         else:
             for token in T.unroll(tile):
                 for step in range(T.ceildiv(padded, threads)):
                     if step * threads + thread < padded:
-                        staged[(step * threads + thread) * tile + token] = T.float32(0)
+                        shared[(step * threads + thread) * tile + token] = T.float32(0)
                         if tiles * tile + token < m and step * threads + thread < k:
-                            staged[(step * threads + thread) * tile + token] = scaled(
+                            shared[(step * threads + thread) * tile + token] = scaled(
                                 f32(x[tiles * tile + token, step * threads + thread])
                             )
         T.tvm_storage_sync("shared.dyn")
@@ -200,7 +201,7 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
                         T.cuda.func_call(
                             function,
                             now[0],
-                            T.address_of(staged[0]),
+                            T.address_of(shared[0]),
                             T.address_of(place[0]),
                             T.address_of(sums[0]),
                             source_code=source,
@@ -209,7 +210,7 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
             chunk[0] = chunk[0] + depth
 
         for token in T.unroll(tile):
-            partial[warp, token, lane] = sums[token]
+            shared[partial + (warp * tile + token) * WARP + lane] = sums[token]
         T.tvm_storage_sync("shared.dyn")
         if warp < reducers and row[0] >= 0:
             rest[0] = res_start[row[0]]
@@ -221,7 +222,7 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
                 ):
                     total[0] = T.float32(0)
                     for s in T.unroll(segments):
-                        total[0] += partial[s, turn * reducers + warp, lane]
+                        total[0] += shared[partial + (s * tile + turn * reducers + warp) * WARP + lane]
                     left[0] = T.float32(0)
                     for p in range(rest[1] - rest[0]):
                         left[0] += f32(res_val[rest[0] + p]) * f32(

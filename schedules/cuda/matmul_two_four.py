@@ -1,7 +1,7 @@
 """y = x W^T with W as 2:4, on a GPU: one warp a row, a lane 16 columns at a time.
 
-A lane loads its 8 values as 16 bytes and one word of positions. (Prefill on the sparse tensor cores, mma.sp, reads the same
-buffers.)
+A lane loads its 8 values as 16 bytes and one word of positions. (Prefill on the sparse tensor cores, mma.sp, reads
+the same buffers.)
 """
 
 from __future__ import annotations

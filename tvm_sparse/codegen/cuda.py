@@ -1,9 +1,9 @@
 """The one place that makes machine code for NVIDIA GPUs, on machines with and without one.
 
-TVM turns CUDA source into machine code only where its CUDA runtime library is loaded, which wants the driver; without it
-the "library" it exports holds source text, compiled at load and unchecked at build. `prepare` loads that runtime library
-over a stub of the driver where there is none, and makes nvcc compile every kernel for all machines of a build into one
-fatbin. Importing this module loads neither TVM nor a GPU library.
+TVM turns CUDA source into machine code only where its CUDA runtime library is loaded, which wants the driver; without
+it the "library" it exports holds source text, compiled at load and unchecked at build. `prepare` loads that runtime
+library over a stub of the driver where there is none, and makes nvcc compile every kernel for all machines of a build
+into one fatbin. Importing this module loads neither TVM nor a GPU library.
 """
 
 from __future__ import annotations

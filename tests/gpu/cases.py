@@ -1,0 +1,135 @@
+"""What the GPU scripts check and time: built here by build_library.py, run on a GPU host without TVM's compiler."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tvm_sparse.formats import FORMATS
+from tvm_sparse.formats.base import FormatChoice
+
+RAGGED = ((1, 8), (33, 40), (100, 17), (257, 1000), (1000, 999))
+TOKENS: tuple[int | None, ...] = (1, 3, None)
+PROJECTIONS = ((34816, 5120), (5120, 17408), (5120, 6144))
+HEAD = (248320, 5120)
+
+
+@dataclass(frozen=True)
+class Matmul:
+    """One kernel under test; `decisions` empty means the defaults."""
+
+    choice: FormatChoice
+    n: int
+    k: int
+    m: int | None
+    x_dtype: str
+    out_dtype: str
+    decisions: tuple[tuple[str, int], ...] = ()
+
+    @property
+    def name(self) -> str:
+        options = "_".join(f"{value}" for _, value in self.choice.options)
+        chosen = "_".join(f"{key}{value}" for key, value in self.decisions)
+        parts = ("w" + self.choice.name.replace(":", "to"), options, f"{self.n}x{self.k}", f"m{self.m}")
+        return "_".join((*parts, self.x_dtype, self.out_dtype, chosen))
+
+
+def _choices() -> list[FormatChoice]:
+    dense, delta, block = FORMATS["dense"], FORMATS["delta"], FORMATS["block"]
+    return [
+        dense.choice(),
+        dense.choice(32),
+        FORMATS["bitmap"].choice(),
+        FORMATS["2:4"].choice(),
+        block.choice(16, 16),
+        block.choice(1, 32),
+        block.choice(4, 8),
+        delta.choice(4, 8),
+        delta.choice(3, 1),
+        delta.choice(5, 16),
+        delta.choice(6, 24),
+    ]
+
+
+def matmuls() -> list[Matmul]:
+    """Every format on ragged shapes, with bfloat16 and float32 ends."""
+    types = (("bfloat16", "float32"), ("float32", "float32"), ("bfloat16", "bfloat16"))
+    found = []
+    for index, (choice, (n, k), m) in enumerate(
+        (c, s, m) for c in _choices() for s in RAGGED for m in TOKENS
+    ):
+        found.append(Matmul(choice, n, k, m, *types[index % 3]))
+    large = [FORMATS["delta"].choice(4, 8), FORMATS["bitmap"].choice(), FORMATS["dense"].choice()]
+    found += [Matmul(c, 512, 17408, m, "bfloat16", "bfloat16") for c in large for m in (1, 8, None)]
+    return found
+
+
+def timed() -> list[Matmul]:
+    """The delta stream at decode, over its decisions, and this library's own dense kernel."""
+    delta, dense = FORMATS["delta"], FORMATS["dense"]
+    found = []
+    for n, k in PROJECTIONS:
+        for segments in (8, 16, 24):
+            for depth in (3, 4, 6):
+                choice = delta.choice(4, segments)
+                found.append(Matmul(choice, n, k, 1, "bfloat16", "bfloat16", (("depth", depth),)))
+        found.append(Matmul(dense.choice(), n, k, 1, "bfloat16", "bfloat16"))
+        found.append(Matmul(FORMATS["bitmap"].choice(), n, k, 1, "bfloat16", "bfloat16"))
+    return found
+
+
+@dataclass(frozen=True)
+class Shape:
+    """A model's sizes; `batch` sequences decode together."""
+
+    name: str
+    batch: int
+    hidden: int
+    inner: int
+    key_heads: int
+    value_heads: int
+    key_dim: int
+    value_dim: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    rotary_dim: int
+    vocab: int
+    dtype: str
+    theta: float = 1e7
+    eps: float = 1e-6
+
+    @property
+    def channels(self) -> int:
+        return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
+
+
+SHAPES = (
+    Shape("large", 2, 5120, 17408, 16, 48, 128, 128, 24, 4, 256, 64, 248320, "bfloat16"),
+    Shape("tiny", 3, 64, 160, 2, 6, 16, 16, 4, 2, 32, 8, 512, "float32"),
+    Shape("odd", 2, 100, 77, 3, 3, 24, 40, 5, 1, 96, 24, 1001, "bfloat16"),
+)
+
+
+def operations(shape: Shape, ops) -> dict[str, object]:
+    """{kernel name: PrimFunc} of every model operation, prefill ("_p") and decode ("_d")."""
+    s, found = shape, {}
+    delta = (s.key_heads, s.value_heads, s.key_dim, s.value_dim)
+    for tag, t in (("p", None), ("d", s.batch)):
+        built = {
+            "embedding": ops.embedding(t, s.vocab, s.hidden, "bfloat16", s.dtype),
+            "rms_norm": ops.rms_norm(t, s.hidden, s.eps, s.dtype),
+            "add_rms_norm": ops.add_rms_norm(t, s.hidden, s.eps, s.dtype),
+            "silu_mul": ops.silu_mul(t, s.inner, s.dtype),
+            "causal_conv": ops.causal_conv(t, s.batch, s.channels, s.dtype),
+            "gated_delta": ops.gated_delta(t, s.batch, *delta, s.dtype),
+            "gated_norm": ops.gated_norm(t, *delta, s.eps, s.dtype),
+            "rope_append": ops.rope_append(
+                t, s.batch, s.heads, s.kv_heads, s.head_dim, s.rotary_dim, s.theta, s.eps, s.dtype
+            ),
+            "attention": ops.attention(t, s.batch, s.heads, s.kv_heads, s.head_dim, s.dtype),
+            "advance": ops.advance(t, s.batch, (1 if t is None else t, s.vocab)),
+        }
+        found |= {f"{s.name}_{name}_{tag}": function for name, function in built.items()}
+    found[f"{s.name}_last_row_p"] = ops.last_row(s.hidden, s.dtype)
+    found[f"{s.name}_log_probs_p"] = ops.log_probs(s.vocab)
+    return found
