@@ -8,9 +8,7 @@ from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
-from math import prod
 
-import numpy as np
 import torch
 
 from tvm_sparse.checkpoint.base import Checkpoint
@@ -46,12 +44,12 @@ class SyntheticCheckpoint(Checkpoint):
             first = block * ROWS
             drawn = self._draw(name, block, (min(ROWS, count - first), *rest))
             low, high = max(start, first), min(stop, first + ROWS)
-            out[low - start : high - start] = torch.from_numpy(drawn[low - first : high - first]).to(dtype)
+            out[low - start : high - start] = drawn[low - first : high - first]
 
         blocks = range(start // ROWS, -(-stop // ROWS))
         if len(blocks) == 1:
             draw(blocks[0])
-        else:  # numpy lets go of the interpreter while it draws
+        else:  # torch draws on one core only
             with ThreadPoolExecutor(torch.get_num_threads()) as pool:
                 list(pool.map(draw, blocks))
         return out
@@ -59,17 +57,15 @@ class SyntheticCheckpoint(Checkpoint):
     def exact_bf16(self, name: str) -> bool:
         return not name.endswith(_FLOAT32)
 
-    def _draw(self, name: str, block: int, shape: tuple[int, ...]) -> np.ndarray:
-        digest = blake2b(f"{self.seed}/{name}/{block}".encode(), digest_size=16).digest()
-        source = np.random.Generator(np.random.SFC64(int.from_bytes(digest, "little")))
+    def _draw(self, name: str, block: int, shape: tuple[int, ...]) -> torch.Tensor:
+        digest = blake2b(f"{self.seed}/{name}/{block}".encode(), digest_size=8).digest()
+        source = torch.Generator().manual_seed(int.from_bytes(digest, "little", signed=True))
         component = name.removesuffix(".weight").rpartition(".")[2]
         if component == "A_log":  # as the model is initialised: decay between 0.01 and 16
-            return np.log(source.uniform(0.01, 16, shape)).astype(np.float32)
+            return torch.empty(shape).uniform_(0.01, 16, generator=source).log_()
         if component == "dt_bias":
-            return np.ones(shape, np.float32)
-        values = source.standard_normal(prod(shape), dtype=np.float32).reshape(shape)
+            return torch.ones(shape)
+        values = torch.randn(shape, generator=source)
         if name.endswith("linear_attn.norm.weight"):
-            return 1 + np.float32(0.02) * values
-        std = 0.02 if "norm" in component else _STD.get(component, _OTHER)
-        values *= np.float32(std)
-        return values
+            return values.mul_(0.02).add_(1)
+        return values.mul_(0.02 if "norm" in component else _STD.get(component, _OTHER))
