@@ -4,7 +4,7 @@ Every builder stands under the same name, with the same arguments, in `schedules
 returns a PrimFunc. A PrimFunc's arguments stand in the order of the docstrings below: inputs, then buffers updated
 in place, then outputs. Common to all:
 
-- `tokens`: None, a symbolic number n of tokens of one sequence (prefill, score): all of them belong to `slot[0]`, token i
+- `tokens`: None, a symbolic number n of tokens of one sequence (prefill, score): all belong to `slot[0]`, token i
   stands at position `position[slot[0]] + i`. An int, one token for each of n = tokens sequences (decode; equals
   `batch`): token i belongs to slot i and stands at `position[i]`; `slot` is passed and not read.
 - `dtype`: activations and caches, "bfloat16" or "float32". Arithmetic is float32, `f32` below is always float32.
@@ -28,7 +28,7 @@ ATTRIBUTES = {"op_pattern": 8, "tirx.is_scheduled": True, "tirx.noalias": True}
 
 
 def as_kernel(function: PrimFunc) -> PrimFunc:
-    """A PrimFunc as Relax calls it: private, with ATTRIBUTES, its body in a root block (Relax's passes look for one)."""
+    """A PrimFunc as Relax calls it: private, with ATTRIBUTES, its body in a root block (Relax looks for one)."""
     if not isinstance(function.body, SBlockRealize):
         function = function.with_body(SBlockRealize([], True, SBlock([], [], [], "root", function.body)))
     return function.without_attr("global_symbol").with_attr(ATTRIBUTES)
@@ -88,7 +88,8 @@ class ModelOps:
         return self._build("silu_mul", tokens, inner, dtype)
 
     def causal_conv(self, tokens: int | None, batch: int, channels: int, dtype: str) -> PrimFunc:
-        """(mixed [n, P] dtype, w [channels, 4] f32, slot, conv_state [batch, 3, channels] f32 in place, y [n, channels] f32).
+        """(mixed [n, P] dtype, w [channels, 4] f32, slot, conv_state [batch, 3, channels] f32 in place,
+        y [n, channels] f32).
 
         Depthwise causal convolution of width 4 over columns 0..channels-1 of `mixed`, then silu:
         y[t, c] = silu(sum_j w[c, j] x[t - 3 + j, c]). The state holds the three rows before the first token, oldest
@@ -106,8 +107,8 @@ class ModelOps:
         value_dim: int,
         dtype: str,
     ) -> PrimFunc:
-        """(y [n, C] f32, mixed [n, P] dtype, A_log [Vh] f32, dt_bias [Vh] f32, slot, state [batch, Vh, Dk, Dv] f32 in place,
-        o [n, Vh Dv] f32): the gated delta rule, Yang et al. 2024 (arXiv:2412.06464), equation 10.
+        """(y [n, C] f32, mixed [n, P] dtype, A_log [Vh] f32, dt_bias [Vh] f32, slot,
+        state [batch, Vh, Dk, Dv] f32 in place, o [n, Vh Dv] f32): the gated delta rule, Yang et al. 2024 (arXiv:2412.06464), equation 10.
 
         y is causal_conv's result, q [Kh, Dk] | k [Kh, Dk] | v [Vh, Dv], C = 2 Kh Dk + Vh Dv. Columns of `mixed` from
         C + Vh Dv on: b [Vh] | a [Vh]. Value head h uses key head h // (Vh / Kh). For each token and value head:
@@ -149,8 +150,8 @@ class ModelOps:
         v_cache likewise in place, q [n, Hq D] f32).
 
         Columns of `qkv`: for each query head q [D] | gate [D]; then k [Hkv, D], then v [Hkv, D]. q and k are RMS-normed
-        over D with q_norm, k_norm (1 + w already), then rotated: the first rotary_dim dims in pairs (i, i + rotary_dim / 2)
-        by angle position * theta^(-2 i / rotary_dim), inverse frequency and angle rounded to float32 (cos and sin must
+        over D with q_norm, k_norm (1 + w already), then rotated: the first rotary_dim dims, in pairs
+        (i, i + rotary_dim / 2), by angle position * theta^(-2 i / rotary_dim), inverse frequency and angle rounded to float32 (cos and sin must
         hold for angles up to 262144: no fast-math variants). k and v go to the caches at the token's position.
         """
         return self._build(
@@ -182,7 +183,7 @@ class ModelOps:
         return self._build("last_row", hidden, dtype)
 
     def log_probs(self, vocab: int) -> PrimFunc:
-        """(logits [n, vocab] f32, targets [n] int32, y [n] f32): y = logits[target] - log(sum(exp(logits))), n symbolic."""
+        """(logits [n, vocab] f32, targets [n] int32, y [n] f32): y = log_softmax(logits)[target], n symbolic."""
         return self._build("log_probs", vocab)
 
     def advance(self, tokens: int | None, batch: int, result_shape: tuple[int | None, ...]) -> PrimFunc:

@@ -10,14 +10,29 @@ from tiny import random_model, write_dense_artefact
 from tvm_sparse.engine import Engine
 
 CONFIGURATIONS = {
-    "27b-like": dict(),
-    "odd-heads": dict(num_attention_heads=3, num_key_value_heads=1, linear_num_key_heads=3, linear_num_value_heads=3),
-    "tied": dict(tie_word_embeddings=True, num_hidden_layers=5, vocab_size=301),
-    "wide-heads": dict(head_dim=256, num_hidden_layers=4, linear_key_head_dim=32, linear_value_head_dim=64),
-    "seven-layers": dict(num_hidden_layers=7, num_attention_heads=5, num_key_value_heads=5, intermediate_size=72),
-    "half-rotary": dict(
-        rotary=0.5, head_dim=64, hidden_size=96, linear_num_key_heads=1, linear_num_value_heads=5, num_hidden_layers=6
-    ),
+    "27b-like": {},
+    "odd-heads": {
+        "num_attention_heads": 3,
+        "num_key_value_heads": 1,
+        "linear_num_key_heads": 3,
+        "linear_num_value_heads": 3,
+    },
+    "tied": {"tie_word_embeddings": True, "num_hidden_layers": 5, "vocab_size": 301},
+    "wide-heads": {"head_dim": 256, "num_hidden_layers": 4, "linear_key_head_dim": 32, "linear_value_head_dim": 64},
+    "seven-layers": {
+        "num_hidden_layers": 7,
+        "num_attention_heads": 5,
+        "num_key_value_heads": 5,
+        "intermediate_size": 72,
+    },
+    "half-rotary": {
+        "rotary": 0.5,
+        "head_dim": 64,
+        "hidden_size": 96,
+        "linear_num_key_heads": 1,
+        "linear_num_value_heads": 5,
+        "num_hidden_layers": 6,
+    },
 }
 LENGTHS = (1, 2, 3, 63, 64, 65, 128, 200)
 

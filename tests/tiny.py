@@ -23,18 +23,18 @@ from tvm_sparse.passes.bundle_parameters import BundleParameters
 def random_model(seed: int = 0, rotary: float = 0.25, **sizes) -> Qwen3_5ForCausalLM:
     """transformers' own model; weights so large that a wrong norm, gate or position shows."""
     torch.manual_seed(seed)
-    defaults = dict(
-        vocab_size=512, hidden_size=64, intermediate_size=160, num_hidden_layers=4,
-        num_attention_heads=4, num_key_value_heads=2, head_dim=32,
-        linear_num_key_heads=2, linear_num_value_heads=6, linear_key_head_dim=16, linear_value_head_dim=16,
-        max_position_embeddings=2048, tie_word_embeddings=False, full_attention_interval=4, eos_token_id=1,
-    )  # fmt: skip
+    defaults = {
+        "vocab_size": 512, "hidden_size": 64, "intermediate_size": 160, "num_hidden_layers": 4,
+        "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32,
+        "linear_num_key_heads": 2, "linear_num_value_heads": 6, "linear_key_head_dim": 16, "linear_value_head_dim": 16,
+        "max_position_embeddings": 2048, "tie_word_embeddings": False, "full_attention_interval": 4, "eos_token_id": 1,
+    }  # fmt: skip
     sizes = {**defaults, **sizes}
     pairs = int(sizes["head_dim"] * rotary) // 2
-    rope = dict(
-        rope_type="default", rope_theta=1e7, partial_rotary_factor=rotary, mrope_interleaved=True,
-        mrope_section=[pairs - 2 * (pairs // 3), pairs // 3, pairs // 3],
-    )  # fmt: skip
+    rope = {
+        "rope_type": "default", "rope_theta": 1e7, "partial_rotary_factor": rotary, "mrope_interleaved": True,
+        "mrope_section": [pairs - 2 * (pairs // 3), pairs // 3, pairs // 3],
+    }  # fmt: skip
     model = Qwen3_5ForCausalLM(Qwen3_5TextConfig(rope_parameters=rope, **sizes)).eval()
     for parameter in model.parameters():
         torch.nn.init.normal_(parameter, std=0.3 if parameter.ndim == 1 else 1.2 / sizes["hidden_size"] ** 0.5)
@@ -77,18 +77,18 @@ def write_dense_artefact(
         bits = weight.contiguous().view(torch.uint8).numpy() if weight.ndim else weight.numpy()
         spelled = str(weight.dtype).removeprefix("torch.")
         offset, size = stream.write(name, spelled, tuple(weight.shape), [memoryview(bits).cast("B")])
-        buffer = dict(dtype=spelled, shape=list(weight.shape), offset=offset, bytes=size,
-                      sha256=hashlib.sha256(bits.tobytes()).hexdigest())  # fmt: skip
-        params[name] = dict(file=stream.path.name, buffers={"": buffer})
+        buffer = {"dtype": spelled, "shape": list(weight.shape), "offset": offset, "bytes": size,
+                      "sha256": hashlib.sha256(bits.tobytes()).hexdigest()}  # fmt: skip
+        params[name] = {"file": stream.path.name, "buffers": {"": buffer}}
     stream.close()
-    files = {stream.path.name: dict(bytes=stream.path.stat().st_size, header_sha256=header_hash(stream.path))}
-    (folder / "params.json").write_text(json.dumps(dict(params=params, files=files)))
+    files = {stream.path.name: {"bytes": stream.path.stat().st_size, "header_sha256": header_hash(stream.path)}}
+    (folder / "params.json").write_text(json.dumps({"params": params, "files": files}))
 
-    facts = dict(
-        versions=installed(), device="cpu", targets=["cpu"], config=config.to_json(),
-        eos_token_ids=list(config.eos_token_ids), dtype=dtype, batch=batch, context=context,
-        prefill_chunk=CHUNKS["cpu"].prefill, score_chunk=CHUNKS["cpu"].score, params=list(weights),
-        state=[asdict(tensor) for tensor in state_tensors(config, layout, batch, dtype)],
-    )  # fmt: skip
+    facts = {
+        "versions": installed(), "device": "cpu", "targets": ["cpu"], "config": config.to_json(),
+        "eos_token_ids": list(config.eos_token_ids), "dtype": dtype, "batch": batch, "context": context,
+        "prefill_chunk": CHUNKS["cpu"].prefill, "score_chunk": CHUNKS["cpu"].score, "params": list(weights),
+        "state": [asdict(tensor) for tensor in state_tensors(config, layout, batch, dtype)],
+    }  # fmt: skip
     (folder / "tvm_sparse.json").write_text(json.dumps(facts))
     return folder

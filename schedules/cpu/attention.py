@@ -80,9 +80,7 @@ def attention(tokens: int | None, batch: int, heads: int, kv_heads: int, head_di
                 for v in T.vectorized(width):
                     y[t, h * head_dim + d * width + v] = T.Cast(
                         dtype,
-                        out[d * width + v]
-                        / running[1]
-                        * sigmoid(f32(qkv[t, (2 * h + 1) * head_dim + d * width + v])),
+                        out[d * width + v] / running[1] * sigmoid(f32(qkv[t, (2 * h + 1) * head_dim + d * width + v])),
                     )
 
     return kernel

@@ -1,7 +1,7 @@
 """gated_delta: the recurrence of a DeltaNet layer, one token after the other, in blocks of state columns.
 
-Every column v of a head's state S [Dk, Dv] is independent of the others, so a task is one block of columns and walks all
-tokens by itself; its part of the state stays in the first-level cache. Prefill and decode are the same loop.
+Every column v of a head's state S [Dk, Dv] is independent of the others, so a task is one block of columns and walks
+all tokens by itself; its part of the state stays in the first-level cache. Prefill and decode are the same loop.
 """
 
 from __future__ import annotations

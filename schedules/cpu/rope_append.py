@@ -51,9 +51,7 @@ def rope_append(
             owner: T.let[T.int32] = T.Cast("int32", t) if decode else slot[0]
             at: T.let[T.int64] = T.Cast("int64", position[owner]) + (0 if decode else t)
             for i in T.serial(half):
-                turn[1, i] = f32(at) * f32(
-                    T.pow(T.float64(theta), T.Cast("float64", i) * T.float64(-2.0 / rotary_dim))
-                )
+                turn[1, i] = f32(at) * f32(T.pow(T.float64(theta), T.Cast("float64", i) * T.float64(-2.0 / rotary_dim)))
                 turn[0, i] = T.cos(turn[1, i])
                 turn[1, i] = T.sin(turn[1, i])
             for head in T.serial(heads + kv_heads):  # the query heads, then the key heads

@@ -1,10 +1,10 @@
-"""Engine: an artefact made to run. It owns every buffer; the library gets them as arguments and updates them in place."""
+"""Engine: an artefact made to run. It owns every buffer; the library gets them as arguments, updates them in place."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any, overload
+from typing import Any
 
 import numpy as np
 
@@ -72,6 +72,11 @@ class Engine:
         """Tokens in the caches; a list where the batch is larger than 1."""
         return self._positions[0] if self.batch == 1 else list(self._positions)
 
+    @property
+    def synthetic(self) -> bool:
+        """Whether the weights are random numbers, made for measuring."""
+        return str(self._facts.get("weights", "")).startswith("synthetic")
+
     def reset(self) -> None:
         """Forgets every sequence. Attention caches keep their bytes: nothing reads past the position."""
         for tensor, transient in zip(self._state_tensors, self._transient, strict=True):
@@ -105,10 +110,6 @@ class Engine:
         rows = [self._score_slot(slot, each) for slot, each in enumerate(self._per_slot(ids))]
         return rows[0] if self.batch == 1 else rows
 
-    @overload
-    def generate(self, prompt: str, **options: Any) -> Iterator[str]: ...
-    @overload
-    def generate(self, prompt: Sequence[int], **options: Any) -> Iterator[int]: ...
     def generate(
         self,
         prompt: str | Sequence[int],
@@ -117,7 +118,7 @@ class Engine:
         top_k: int = 0,
         top_p: float = 1.0,
         seed: int = 0,
-    ) -> Iterator[str] | Iterator[int]:
+    ) -> Iterator[Any]:
         """Starts again and writes on from `prompt`: pieces of text for a text, ids for ids.
 
         Ends after `max_new_tokens`, at an end-of-text id (not given out) or where the context is full. The same

@@ -11,7 +11,7 @@ from tvm_sparse.errors import Refusal
 
 @dataclass(frozen=True)
 class Sampling:
-    """`temperature` 0 is greedy; `top_k` 0 and `top_p` 1 keep every token. Raises Refusal for values without meaning."""
+    """`temperature` 0 is greedy; `top_k` 0 and `top_p` 1 keep every token. Raises Refusal for other values."""
 
     temperature: float = 0.0
     top_k: int = 0

@@ -14,6 +14,7 @@ Shapes: n tokens (symbolic in prefill and score, B in decode), h hidden, P a fus
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 
 import tvm
@@ -78,18 +79,20 @@ def build_module(
     device: str = "cpu",
     layout: Layout | None = None,
     weight_dtype: str | None = None,
+    wide: Collection[str] = (),
 ) -> tvm.IRModule:
     """The dense module with functions prefill, decode and score.
 
-    `dtype` is that of activations and caches, `weight_dtype` (default: the same) that of matrices and embedding;
-    norms and the other vectors are float32, laid out as `layout` says. `device` ("cpu" or "cuda") picks the kernels
+    `dtype` is that of activations and caches, `weight_dtype` (default: the same) that of matrices and embedding,
+    but for those of the layout's parameters named in `wide`, which are float32; norms and the other vectors are
+    float32, laid out as `layout` says. `device` ("cpu" or "cuda") picks the kernels
     of the operations between projections.
     """
     layout = layout or make_layout(config)
     builder = relax.BlockBuilder()
     ops = ModelOps(device)
     for name in ("prefill", "decode", "score"):
-        _Writer(name, builder, ops, config, layout, dtype, batch, weight_dtype or dtype).write()
+        _Writer(name, builder, ops, config, layout, dtype, batch, weight_dtype or dtype, wide).write()
     return builder.finalize()
 
 
@@ -106,6 +109,7 @@ class _Writer:
         dtype: str,
         batch: int,
         weight_dtype: str,
+        wide: Collection[str],
     ) -> None:
         self.name, self.builder, self.ops, self.config, self.layout = name, builder, ops, config, layout
         self.dtype, self.batch = dtype, batch
@@ -122,17 +126,18 @@ class _Writer:
             for tensor in state_tensors(config, layout, batch, dtype)
         }
         known = tensors(config)
-        self.weights = {
-            source: _var(source, known[source].shape if param.dtype == "model" else param.shape,
-                         weight_dtype if param.dtype == "model" else param.dtype)
-            for param in layout.params
-            for source in param.sources
-        }  # fmt: skip
+        self.weights = {}
+        for param in layout.params:
+            matrix_dtype = "float32" if param.name in wide else weight_dtype
+            for source in param.sources:
+                vector = param.dtype == "float32"  # shaped by the layout, a matrix as in the checkpoint
+                shape = param.shape if vector else known[source].shape
+                self.weights[source] = _var(source, shape, "float32" if vector else matrix_dtype)
 
     def write(self) -> None:
         inputs = [self.ids, self.slot, self.position, *([self.targets] if self.name == "score" else [])]
         parameters = [*inputs, *self.state.values(), *self.weights.values()]
-        attrs = {"num_input": len(inputs) + len(self.state), NUM_STATE_ATTR: len(self.state)}
+        attrs: dict[str, object] = {"num_input": len(inputs) + len(self.state), NUM_STATE_ATTR: len(self.state)}
         if self.tokens is None:
             attrs["tir_var_upper_bound"] = {"n": getattr(CHUNKS[self.ops.device], self.name)}
         with self.builder.function(self.name, parameters, attrs):
