@@ -87,6 +87,13 @@ def test_writing_into_rows_does_not_come_back(sharded, weights):
     assert torch.equal(checkpoint.rows("embed_tokens.weight", 0, 9), weights["embed_tokens.weight"][:9])
 
 
+def test_fingerprint_changes_with_the_weights(folder):
+    before = open_checkpoint(str(folder)).fingerprint()
+    assert before == open_checkpoint(str(folder)).fingerprint()
+    rewrite(folder, lambda held: held[first_matrix(held)].zero_())
+    assert before != open_checkpoint(str(folder)).fingerprint()
+
+
 def test_published_names_and_other_parts(sharded, weights, tmp_path):
     config = open_checkpoint(str(sharded)).config
     checkpoint = open_checkpoint(str(write_published(tmp_path / "published", weights, config)))

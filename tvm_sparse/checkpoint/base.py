@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import json
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from pathlib import Path
@@ -58,6 +60,15 @@ class Checkpoint(ABC):
     def side_files(self) -> dict[str, Path]:
         """Tokenizer, chat template and generation config, where present: file name -> path."""
         return {}
+
+    def fingerprint(self) -> str:
+        """A hash that changes with the weights, without reading them: what resuming unfinished work goes by."""
+        facts = [self.config.to_json(), self._identity()]
+        return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+
+    def _identity(self) -> Any:
+        """What tells these weights from others of the same configuration; JSON."""
+        return self.origin
 
     def dropped_line(self) -> str:
         """One line for the user about tensors left out; empty where nothing was."""

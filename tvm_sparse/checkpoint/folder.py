@@ -66,6 +66,10 @@ class FolderCheckpoint(Checkpoint):
         path, full, entry = self._text[name]
         return read_rows(path, full, entry, start, stop)
 
+    def _identity(self) -> Any:
+        shards = sorted({path for path, _, _ in self._text.values()})
+        return [[path.name, path.stat().st_size, path.stat().st_mtime_ns] for path in shards]
+
 
 def folder_config(folder: Path, expected: ModelConfig | None = None) -> ModelConfig:
     """The folder's configuration, end ids of its generation_config.json joined in.
