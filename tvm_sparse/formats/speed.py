@@ -1,0 +1,74 @@
+"""What a matrix costs in each format on each kind of machine: the only place with measured speeds.
+
+A call that multiplies m tokens takes
+
+    fixed + max(bytes / (share * bandwidth), instructions / rate)
+          + (m - 1) * (elements * per_element + words * per_word)
+
+where a GPU's lanes issue `instructions` and a CPU's rates already contain its arithmetic.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tvm_sparse.formats import FORMATS, FormatChoice, Stats
+from tvm_sparse.targets import Machine
+
+
+@dataclass(frozen=True)
+class Speed:
+    """`fixed` seconds a call; `share` of the machine's bandwidth.
+
+    On a GPU a word takes `first` instructions and `further` more for each token. On a CPU every token but the first
+    takes `per_element` seconds for each dense element and `per_word` for each packed word.
+    """
+
+    fixed: float
+    share: float
+    first: float = 0.0
+    further: float = 0.0
+    per_element: float = 0.0
+    per_word: float = 0.0
+
+
+SPEEDS = {
+    # One thread of the 2-core development machine (EPYC with AVX-512 VBMI2 and BF16), billion dense elements a second
+    # at 50 / 75 / 90 % zeros: bitmap 12.9 / 23.7 / 42.6, delta 7.9 / 15.6 / 33 to 38, torch bf16 5.7. In bytes that is
+    # 14.5e9, 7.9e9 and 11.4e9 a second at any sparsity: the shares, of the 50e9 in targets.py. Dense is our own kernel,
+    # not torch's: assumed to stream as bitmap does, and so are 2:4 and block. Further tokens: one load and one
+    # vdpbf16ps for 32 elements; the delta stream gathers again for each.
+    ("dense", "cpu"): Speed(1e-6, 0.29, per_element=10e-12),
+    ("bitmap", "cpu"): Speed(1e-6, 0.29, per_element=10e-12),
+    ("2:4", "cpu"): Speed(1e-6, 0.29, per_element=10e-12),
+    ("block", "cpu"): Speed(1e-6, 0.29, per_element=10e-12),
+    ("delta", "cpu"): Speed(1e-6, 0.158, per_word=250e-12),
+    # H200, 4.8e12 bytes a second. Dense: 83.2 us at [34816, 5120], 16.8 us at [5120, 6144]. Delta: 23.25 us and 7.7 us
+    # at 75 %, with the floor of a stream that does nothing else at 94 % of bandwidth; 3.5 instructions a word and 2 for
+    # each token. Bitmap: every published unstructured kernel is at or below dense cuBLAS there, so it is set to that
+    # at 75 %. 2:4 and block: assumed to stream as dense does.
+    ("dense", "cuda"): Speed(2.5e-6, 0.92),
+    ("delta", "cuda"): Speed(3.5e-6, 0.94, first=3.5, further=2.0),
+    ("bitmap", "cuda"): Speed(3.5e-6, 0.30),
+    ("2:4", "cuda"): Speed(3.5e-6, 0.92),
+    ("block", "cuda"): Speed(3.5e-6, 0.92),
+}
+
+_LANES, _CLOCK = 128, 1.7e9  # instructions an SM issues per clock, counted by lane; clock under load
+
+
+def seconds(stats: Stats, choice: FormatChoice, machine: Machine, tokens: int) -> float:
+    """Expected seconds of y[tokens, N] = x W^T on one machine."""
+    speed = SPEEDS[choice.name, machine.device]
+    n, k = stats.shape
+    if choice.name == "block":
+        elements = stats.blocks[choice.option("rows"), choice.option("cols")]
+        elements *= choice.option("rows") * choice.option("cols")
+    else:
+        elements = n * k
+    words = 256 * stats.chunks[choice.option("gap_bits")] if choice.name == "delta" else stats.nnz
+    streamed = FORMATS[choice.name].nbytes(stats, choice) / (speed.share * machine.bandwidth)
+    rate = max(machine.cores, 1) * _LANES * _CLOCK
+    issued = words * (speed.first + speed.further * tokens) / rate
+    more = (tokens - 1) * (elements * speed.per_element + words * speed.per_word)
+    return speed.fixed + max(streamed, issued) + more
