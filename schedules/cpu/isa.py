@@ -24,12 +24,6 @@ from dataclasses import dataclass
 from tvm import tirx
 from tvm.tirx.script import builder as T
 
-REGISTERS = {"disable_lower_builtin": True}
-"""Annotation of a small local buffer that shall live in registers; TVM would otherwise take it from the heap.
-
-It only holds where the storage rewrite, which drops annotations, is off: `tvm_sparse.codegen.cpu` builds so.
-"""
-
 
 @dataclass(frozen=True)
 class Isa:

@@ -8,7 +8,7 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from tvm_sparse.schedules.cpu import row_tile
-from tvm_sparse.schedules.cpu.isa import REGISTERS, Isa
+from tvm_sparse.schedules.cpu.isa import Isa
 from tvm_sparse.schedules.cpu.row_tile import space
 from tvm_sparse.schedules.spec import KernelSpec
 
@@ -24,8 +24,8 @@ class BitmapRows:
         self.isa, self.prefetch = isa, prefetch
         self.mask, self.row_start, self.values = buffers
         self.rows: dict[int, tirx.PrimExpr] = {}
-        self.at = T.alloc_buffer((count,), "int32", scope="local", annotations=REGISTERS)
-        self.bits = T.alloc_buffer((count,), "uint32", scope="local", annotations=REGISTERS)
+        self.at = T.alloc_buffer((count,), "int32", scope="local")
+        self.bits = T.alloc_buffer((count,), "uint32", scope="local")
 
     def start(self, r: int, row) -> None:
         self.rows[r] = row

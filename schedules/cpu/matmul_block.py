@@ -8,7 +8,7 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
-from tvm_sparse.schedules.cpu.isa import ISAS, REGISTERS
+from tvm_sparse.schedules.cpu.isa import ISAS
 from tvm_sparse.schedules.cpu.row_tile import token_tiles
 from tvm_sparse.schedules.cpu.signature import arguments
 from tvm_sparse.schedules.cpu.staged import stage
@@ -49,7 +49,7 @@ def _strip(spec: KernelSpec, buffers, staged, y, block_row, inside: list, tokens
     lanes = next(lanes for lanes in (ISAS[spec.arch].acc_lanes, 8, 4, 1) if block_cols % lanes == 0)
     vector = f"float32x{lanes}" if lanes > 1 else "float32"
     pairs = [(r, t) for r in range(len(inside)) for t in range(len(tokens))]
-    accs = T.alloc_buffer((len(pairs),), vector, scope="local", annotations=REGISTERS)
+    accs = T.alloc_buffer((len(pairs),), vector, scope="local")
     for a in range(len(pairs)):
         T.buffer_store(accs, T.broadcast(T.float32(0), lanes) if lanes > 1 else T.float32(0), [a])
 

@@ -14,7 +14,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
 from tvm_sparse.formats.delta import Delta
-from tvm_sparse.schedules.cpu.isa import ISAS, REGISTERS, Isa
+from tvm_sparse.schedules.cpu.isa import ISAS, Isa
 from tvm_sparse.schedules.cpu.row_tile import token_tiles
 from tvm_sparse.schedules.cpu.signature import arguments
 from tvm_sparse.schedules.cpu.staged import stage
@@ -50,8 +50,8 @@ def _walk(isa: Isa, spec: KernelSpec, buffers, staged, y, group, lane, tokens: l
     """Rows `lane` and following of a group, as many as there are lanes, against a tile of tokens."""
     words, row_of, seg_chunk, seg_col, scale, res_start, res_col, res_val = buffers
     lanes, gap_bits = isa.acc_lanes, spec.choice.option("gap_bits")
-    columns = T.alloc_buffer((1,), f"int32x{lanes}", scope="local", annotations=REGISTERS)
-    accs = T.alloc_buffer((len(tokens),), isa.acc, scope="local", annotations=REGISTERS)
+    columns = T.alloc_buffer((1,), f"int32x{lanes}", scope="local")
+    accs = T.alloc_buffer((len(tokens),), isa.acc, scope="local")
     T.buffer_store(columns, seg_col[group, 0, T.ramp(lane, 1, lanes)], [0])
     for t in range(len(tokens)):
         T.buffer_store(accs, isa.zero(), [t])
@@ -72,7 +72,7 @@ def _walk(isa: Isa, spec: KernelSpec, buffers, staged, y, group, lane, tokens: l
                 row = T.address_of(staged[token, 0])
                 T.buffer_store(accs, _call(isa, isa.acc, "gather_add", accs[t], weight, row, columns[0]), [t])
 
-    sums = T.alloc_buffer((len(tokens), lanes), "float32", scope="local", annotations=REGISTERS)
+    sums = T.alloc_buffer((len(tokens), lanes), "float32", scope="local")
     for t in range(len(tokens)):
         T.buffer_store(sums, accs[t], [t, T.ramp(0, 1, lanes)])
     with T.serial(0, lanes) as r:

@@ -12,7 +12,7 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
 from tvm_sparse.schedules.cpu import row_tile
-from tvm_sparse.schedules.cpu.isa import ISAS, REGISTERS, Isa
+from tvm_sparse.schedules.cpu.isa import ISAS, Isa
 from tvm_sparse.schedules.cpu.row_tile import space
 from tvm_sparse.schedules.cpu.signature import arguments
 from tvm_sparse.schedules.spec import KernelSpec
@@ -62,8 +62,8 @@ def _build_float32(spec: KernelSpec, decisions: Mapping[str, int]) -> tirx.PrimF
         x, (weight,), y = arguments(spec, m)
         with T.parallel(0, spec.n) as row:
             for width, first, count in row_tile.token_tiles(m, decisions["tokens"]):
-                accs = T.alloc_buffer((width,), f"float32x{lanes}", scope="local", annotations=REGISTERS)
-                sums = T.alloc_buffer((width,), "float32", scope="local", annotations=REGISTERS)
+                accs = T.alloc_buffer((width,), f"float32x{lanes}", scope="local")
+                sums = T.alloc_buffer((width,), "float32", scope="local")
                 with T.serial(0, count) as tile:
                     tokens = [first + tile * width + t for t in range(width)]
                     for t in range(width):

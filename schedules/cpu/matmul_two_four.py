@@ -8,7 +8,7 @@ from tvm import tirx
 from tvm.tirx.script import builder as T
 
 from tvm_sparse.schedules.cpu import row_tile
-from tvm_sparse.schedules.cpu.isa import REGISTERS, Isa
+from tvm_sparse.schedules.cpu.isa import Isa
 from tvm_sparse.schedules.cpu.row_tile import space
 from tvm_sparse.schedules.spec import KernelSpec
 
@@ -24,7 +24,7 @@ class TwoFourRows:
         self.isa, self.prefetch, self.k = isa, prefetch, spec.k
         self.values, self.meta = buffers
         self.rows: dict[int, tirx.PrimExpr] = {}
-        self.bits = T.alloc_buffer((count,), "uint32", scope="local", annotations=REGISTERS)
+        self.bits = T.alloc_buffer((count,), "uint32", scope="local")
 
     def start(self, r: int, row) -> None:
         self.rows[r] = row

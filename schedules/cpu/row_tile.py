@@ -19,7 +19,7 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
-from tvm_sparse.schedules.cpu.isa import ISAS, REGISTERS, Isa
+from tvm_sparse.schedules.cpu.isa import ISAS, Isa
 from tvm_sparse.schedules.cpu.signature import arguments
 from tvm_sparse.schedules.spec import KernelSpec
 from tvm_sparse.schedules.table import Decision
@@ -96,8 +96,8 @@ def token_tiles(m, most: int):
 
 def _tile(isa: Isa, spec: KernelSpec, streams: Rows, x, y, rows: list, tokens: list) -> None:
     count, width = len(rows), len(tokens)
-    accs = T.alloc_buffer((count * width,), isa.acc, scope="local", annotations=REGISTERS)
-    weights = T.alloc_buffer((count,), isa.vector, scope="local", annotations=REGISTERS)
+    accs = T.alloc_buffer((count * width,), isa.acc, scope="local")
+    weights = T.alloc_buffer((count,), isa.vector, scope="local")
     for r in range(count):
         streams.start(r, rows[r])
     for i in range(count * width):
@@ -116,7 +116,7 @@ def _tile(isa: Isa, spec: KernelSpec, streams: Rows, x, y, rows: list, tokens: l
         for r in range(count):
             streams.advance(r, i)
 
-    sums = T.alloc_buffer((count * width,), "float32", scope="local", annotations=REGISTERS)
+    sums = T.alloc_buffer((count * width,), "float32", scope="local")
     for a in range(count * width):
         T.buffer_store(sums, isa.sum(accs[a]), [a])
     _tail(spec, streams, x, sums, count, tokens)

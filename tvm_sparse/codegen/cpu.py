@@ -12,9 +12,11 @@ import subprocess
 import tempfile
 from collections.abc import Sequence
 from dataclasses import replace
+from math import prod
 from pathlib import Path
 
 import tvm
+import tvm_ffi
 from tvm import relax
 from tvm.relax import vm_build
 
@@ -23,8 +25,9 @@ from tvm_sparse.schedules.cpu.isa import ISAS
 from tvm_sparse.schedules.spec import CPU_ISAS, KernelSpec
 from tvm_sparse.schedules.table import SPEC_ATTR, instantiate, read_decisions
 
-# Registers must stay registers (schedules/cpu/isa.py).
+# The storage rewrite drops the annotations of `on_stack`.
 _CONFIG = {"tirx.disable_storage_rewrite": True}
+_STACK_BYTES = 16 << 10
 
 
 def cpu_target(isa: str) -> tvm.target.Target:
@@ -64,7 +67,7 @@ def compile_kernels(kernels: dict[str, tvm.tirx.PrimFunc], isa: str, suffix: str
     functions = {}
     for name, function in kernels.items():
         symbol = _symbol(name, function) + suffix
-        functions[symbol] = for_isa(function, isa).with_attr("global_symbol", symbol)
+        functions[symbol] = on_stack(for_isa(function, isa)).with_attr("global_symbol", symbol)
     with tvm.transform.PassContext(opt_level=3, config=_CONFIG):
         return tvm.tirx.build(tvm.IRModule(functions), target=cpu_target(isa))
 
@@ -75,6 +78,26 @@ def for_isa(function: tvm.tirx.PrimFunc, isa: str) -> tvm.tirx.PrimFunc:
         return function
     spec = replace(KernelSpec.from_json(function.attrs[SPEC_ATTR]), arch=isa)
     return instantiate(spec, read_decisions(function).get(isa))
+
+
+def on_stack(function: tvm.tirx.PrimFunc) -> tvm.tirx.PrimFunc:
+    """Keeps small local buffers on the stack, where LLVM makes registers of them; TVM takes them from the heap.
+
+    A buffer is small where its static size is at most 16 KiB; a call-back of the runtime's allocator for each row is
+    what this saves, and the accumulators' way through memory.
+    """
+
+    def keep(alloc: tvm.tirx.AllocBuffer) -> tvm.tirx.AllocBuffer:
+        buffer = alloc.buffer
+        static = all(isinstance(dim, tvm.tirx.IntImm) for dim in buffer.shape)
+        if buffer.scope() != "local" or not static:
+            return alloc
+        dtype = tvm.DataType(str(buffer.dtype))
+        if prod(int(dim) for dim in buffer.shape) * dtype.bits * dtype.lanes > 8 * _STACK_BYTES:
+            return alloc
+        return tvm.tirx.AllocBuffer(buffer, {"disable_lower_builtin": tvm.tirx.IntImm("bool", 1)})
+
+    return function.with_body(tvm_ffi.structural_map(function.body, (tvm.tirx.AllocBuffer, keep)))
 
 
 def _suffix(isa: str) -> str:
@@ -158,7 +181,8 @@ def compile_c(source: str, out: Path) -> Path:
     path = out.with_suffix(".c")
     path.write_text(source)
     try:
-        done = subprocess.run([compiler, "-O2", "-fPIC", "-c", str(path), "-o", str(out)], capture_output=True, text=True)
+        command = [compiler, "-O2", "-fPIC", "-c", str(path), "-o", str(out)]
+        done = subprocess.run(command, capture_output=True, text=True)
     except FileNotFoundError as missing:
         raise Refusal(f"no C compiler ({compiler}): install one, or name it in CC") from missing
     if done.returncode:
