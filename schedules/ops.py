@@ -108,7 +108,9 @@ class ModelOps:
         dtype: str,
     ) -> PrimFunc:
         """(y [n, C] f32, mixed [n, P] dtype, A_log [Vh] f32, dt_bias [Vh] f32, slot,
-        state [batch, Vh, Dk, Dv] f32 in place, o [n, Vh Dv] f32): the gated delta rule, Yang et al. 2024 (arXiv:2412.06464), equation 10.
+        state [batch, Vh, Dk, Dv] f32 in place, o [n, Vh Dv] f32).
+
+        The gated delta rule, Yang et al. 2024 (arXiv:2412.06464), equation 10.
 
         y is causal_conv's result, q [Kh, Dk] | k [Kh, Dk] | v [Vh, Dv], C = 2 Kh Dk + Vh Dv. Columns of `mixed` from
         C + Vh Dv on: b [Vh] | a [Vh]. Value head h uses key head h // (Vh / Kh). For each token and value head:
@@ -151,8 +153,9 @@ class ModelOps:
 
         Columns of `qkv`: for each query head q [D] | gate [D]; then k [Hkv, D], then v [Hkv, D]. q and k are RMS-normed
         over D with q_norm, k_norm (1 + w already), then rotated: the first rotary_dim dims, in pairs
-        (i, i + rotary_dim / 2), by angle position * theta^(-2 i / rotary_dim), inverse frequency and angle rounded to float32 (cos and sin must
-        hold for angles up to 262144: no fast-math variants). k and v go to the caches at the token's position.
+        (i, i + rotary_dim / 2), by angle position * theta^(-2 i / rotary_dim), inverse frequency and angle rounded to
+        float32 (cos and sin must hold for angles up to 262144: no fast-math variants). k and v go to the caches at
+        the token's position.
         """
         return self._build(
             "rope_append",

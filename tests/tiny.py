@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from dataclasses import asdict
+from math import prod
 from pathlib import Path
 
 import torch
@@ -14,10 +15,17 @@ from transformers import Qwen3_5ForCausalLM, Qwen3_5TextConfig
 from tvm_sparse.artefact.reader import header_hash
 from tvm_sparse.artefact.safetensors_stream import SafetensorsStream
 from tvm_sparse.artefact.versions import installed
-from tvm_sparse.layout import make_layout
+from tvm_sparse.codegen.cpu import build_cpu_library
+from tvm_sparse.layout import Layout, make_layout
 from tvm_sparse.models.config import ModelConfig
 from tvm_sparse.models.qwen3_5 import CHUNKS, build_module, state_tensors
+from tvm_sparse.passes.annotate_sparsity import AnnotateSparsity
+from tvm_sparse.passes.apply_schedules import ApplySchedules
 from tvm_sparse.passes.bundle_parameters import BundleParameters
+from tvm_sparse.passes.fuse_projections import FuseProjections
+from tvm_sparse.passes.lower_sparse_matmul import LowerSparseMatmul
+from tvm_sparse.passes.verify_schedules import VerifySchedules
+from tvm_sparse.plan import keep_dense, matrices
 
 
 def random_model(seed: int = 0, rotary: float = 0.25, **sizes) -> Qwen3_5ForCausalLM:
@@ -41,39 +49,65 @@ def random_model(seed: int = 0, rotary: float = 0.25, **sizes) -> Qwen3_5ForCaus
     return model
 
 
-def weights_of(model: Qwen3_5ForCausalLM, config: ModelConfig) -> dict[str, torch.Tensor]:
-    """The dense graph's parameters: every matrix by its checkpoint name, vectors as the layout transforms them."""
+def weights_of(model: Qwen3_5ForCausalLM, layout: Layout, lowered: bool) -> dict[str, torch.Tensor]:
+    """The parameters of the dense graph (each matrix by its checkpoint name) or, lowered, of the layout."""
     found = {name.removeprefix("model."): tensor.detach() for name, tensor in model.state_dict().items()}
     weights = {}
-    for param in make_layout(config).params:
-        for source in param.sources:
-            weight = found[source]
+    for param in layout.params:
+        parts = {source: found[source] for source in param.sources}
+        if lowered:
+            parts = {param.name: torch.cat(list(parts.values()))}
+        for name, weight in parts.items():
             if param.dtype == "float32":
                 weight = weight.float() + (param.transform == "one_plus")
-            weights[source] = weight.squeeze(1) if param.transform == "squeeze" else weight
+            weights[name] = weight.squeeze(1) if param.transform == "squeeze" else weight
     return weights
 
 
-def compile_dense(config: ModelConfig, dtype: str, batch: int, library: Path) -> None:
+def compile_graph(config: ModelConfig, dtype: str, batch: int, library: Path) -> None:
+    """The dense graph as it is, with TVM's own matmuls: quick to compile, and exact enough in float32."""
     module = BundleParameters()(build_module(config, dtype, batch))
     target = tvm.target.Target("llvm")
     with target:
         tvm.compile(module, target=target).export_library(str(library))
 
 
+def compile_lowered(config: ModelConfig, dtype: str, batch: int, library: Path) -> None:
+    """Through all passes, every matrix stored dense."""
+    layout, width = make_layout(config), {"float32": 32, "bfloat16": 16}[dtype]
+    plan = {p.name: keep_dense(p.name, p.shape, prod(p.shape), "", width) for p in matrices(layout)}
+    module = build_module(config, dtype, batch)
+    for step in (
+        FuseProjections(layout.fusions),
+        AnnotateSparsity(plan),
+        LowerSparseMatmul("x86-64"),
+        ApplySchedules(),
+        VerifySchedules(),
+        BundleParameters(),
+    ):
+        module = step(module)
+    build_cpu_library(module, library, isas=["x86-64"])
+
+
 def write_dense_artefact(
-    model: Qwen3_5ForCausalLM, folder: Path, dtype: str = "float32", batch: int = 1, context: int = 256
+    model: Qwen3_5ForCausalLM,
+    folder: Path,
+    dtype: str = "float32",
+    batch: int = 1,
+    context: int = 256,
+    lowered: bool = False,
 ) -> Path:
-    """The model, dense, as a folder that the engine opens."""
+    """The model, dense, as a folder that the engine opens; `lowered` sends it through the passes."""
     folder.mkdir(parents=True, exist_ok=True)
     config = ModelConfig.from_json(model.config.to_dict())
-    compile_dense(config, dtype, batch, folder / "lib.so")
-    layout, weights = make_layout(config), weights_of(model, config)
-    matrices = {source for param in layout.params if param.dtype == "model" for source in param.sources}
+    (compile_lowered if lowered else compile_graph)(config, dtype, batch, folder / "lib.so")
+    layout = make_layout(config)
+    weights = weights_of(model, layout, lowered)
+    vectors = {param.name for param in layout.params if param.dtype == "float32"}
 
     stream, params = SafetensorsStream(folder / "params-00001.safetensors"), {}
     for name, weight in weights.items():
-        weight = weight.to(getattr(torch, dtype)) if name in matrices else weight
+        weight = weight if name in vectors else weight.to(getattr(torch, dtype))
         bits = weight.contiguous().view(torch.uint8).numpy() if weight.ndim else weight.numpy()
         spelled = str(weight.dtype).removeprefix("torch.")
         offset, size = stream.write(name, spelled, tuple(weight.shape), [memoryview(bits).cast("B")])
