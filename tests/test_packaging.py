@@ -24,7 +24,7 @@ ORDER = (
     ("tvm_sparse.passes",),
     ("tvm_sparse.models",),
     ("tvm_sparse.codegen",),
-    ("tvm_sparse.report",),
+    ("tvm_sparse.library", "tvm_sparse.report"),
     ("tvm_sparse.build", "tvm_sparse.evaluate", "tvm_sparse.tune"),
     ("tvm_sparse.bench",),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -13,12 +14,17 @@ from tvm_sparse.pruning import Pattern, parse_pattern
 from tvm_sparse.targets import Machine, parse_targets
 
 PRUNERS = ("magnitude", "none")
+DEFAULT_CONTEXT = 4096
 DTYPES = ("bfloat16", "float32")
 
 
 @dataclass(frozen=True)
 class BuildConfig:
-    """One build. `sparsity` is None only with prune "none", where the checkpoint's own zeros are measured."""
+    """One build.
+
+    `sparsity` is None only with prune "none", where the checkpoint's own zeros are measured; `context` is None where
+    it was not asked for: DEFAULT_CONTEXT then, or less where the model ends earlier.
+    """
 
     model: str
     sparsity: float | None
@@ -30,7 +36,7 @@ class BuildConfig:
     exclude: tuple[str, ...]
     targets: tuple[Machine, ...]
     dtype: str
-    context: int
+    context: int | None
     batch: int
     seed: int
     out: Path
@@ -54,7 +60,7 @@ def parse_build(argv: Sequence[str]) -> BuildConfig:
     add("--exclude", action="append", default=[], metavar="REGEX", help="do not prune these; wins over --include")
     add("--target", default="b200", help="comma list of b200, h200, h100, cpu, or auto")
     add("--dtype", default="bfloat16", choices=DTYPES, help="of activations and caches")
-    add("--context", type=int, default=4096, help="largest context in tokens")
+    add("--context", type=int, default=argparse.SUPPRESS, help="largest context in tokens (default 4096, or the model's own limit)")
     add("--batch", type=int, default=1, help="sequences decoded together")
     add("--seed", type=int, default=0, help="of synthetic weights")
     add("--out", type=Path, help="the artefact (default dist/MODEL-sSPARSITY-TARGET)")
@@ -66,9 +72,10 @@ def parse_build(argv: Sequence[str]) -> BuildConfig:
         raise Refusal("--prune none keeps the checkpoint's own zeros: leave --sparsity out, or choose a method")
     if args.sparsity is not None and not 0 <= args.sparsity < 1:
         raise Refusal(f"--sparsity {args.sparsity:g} is outside [0, 1): 0.75 makes three weights of four zero")
-    for flag in ("context", "batch"):
-        if getattr(args, flag) < 1:
-            raise Refusal(f"--{flag} {getattr(args, flag)} must be at least 1")
+    context = getattr(args, "context", None)
+    for flag, value in (("context", context), ("batch", args.batch)):
+        if value is not None and value < 1:
+            raise Refusal(f"--{flag} {value} must be at least 1")
     for expression in (*args.include, *args.exclude):
         _check_expression(expression)
 
@@ -84,7 +91,7 @@ def parse_build(argv: Sequence[str]) -> BuildConfig:
         exclude=tuple(args.exclude),
         targets=targets,
         dtype=args.dtype,
-        context=args.context,
+        context=context,
         batch=args.batch,
         seed=args.seed,
         out=args.out or _default_out(args.model, args.sparsity, targets),

@@ -75,7 +75,7 @@ class Engine:
     @property
     def synthetic(self) -> bool:
         """Whether the weights are random numbers, made for measuring."""
-        return str(self._facts.get("weights", "")).startswith("synthetic")
+        return self._facts["weights"]["kind"] == "synthetic"
 
     def reset(self) -> None:
         """Forgets every sequence. Attention caches keep their bytes: nothing reads past the position."""

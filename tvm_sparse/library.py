@@ -1,0 +1,131 @@
+"""From a plan to lib.so: the dense model, the passes in order, machine code for the targets."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import tvm
+from tvm import relax
+
+from tvm_sparse import targets
+from tvm_sparse.codegen.cpu import build_cpu_library
+from tvm_sparse.codegen.cuda import build_cuda_library
+from tvm_sparse.layout import Layout
+from tvm_sparse.models.config import ModelConfig
+from tvm_sparse.models.qwen3_5 import CHUNKS, build_module, state_tensors
+from tvm_sparse.passes.annotate_sparsity import AnnotateSparsity
+from tvm_sparse.passes.apply_schedules import ApplySchedules
+from tvm_sparse.passes.bundle_parameters import BundleParameters
+from tvm_sparse.passes.fuse_projections import FuseProjections
+from tvm_sparse.passes.lower_sparse_matmul import LowerSparseMatmul
+from tvm_sparse.passes.verify_schedules import VerifySchedules
+from tvm_sparse.plan import Plan
+from tvm_sparse.progress import DEBUG
+from tvm_sparse.schedules.records import Records
+from tvm_sparse.schedules.spec import KernelSpec
+from tvm_sparse.schedules.table import SPEC_ATTR, read_decisions
+
+TUNING_LOGS = Path(__file__).resolve().parent.parent / "tuning_logs"
+
+
+@dataclass(frozen=True)
+class Library:
+    """What lib.so takes and holds.
+
+    `params` are the packed buffers in the order of the functions' weight argument, `schedules` says of each kernel,
+    by KernelSpec name, where its schedule came from, `images` names the kernels by GPU architecture.
+    """
+
+    params: tuple[str, ...]
+    schedules: dict[str, str]
+    images: dict[str, list[str]]
+
+    def to_json(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+def compile_library(
+    path: Path,
+    config: ModelConfig,
+    layout: Layout,
+    plan: Plan,
+    machines: Sequence[targets.Machine],
+    dtype: str,
+    batch: int,
+) -> Library:
+    """Builds and writes `path`. Raises Refusal where a compiler is missing."""
+    device = machines[0].device
+    arch = min((machine.arch for machine in machines), key=lambda name: (len(name), name))
+    records = Records(TUNING_LOGS / machines[0].name)
+    mod = build_module(config, dtype, batch, device, layout, weight_dtype="bfloat16", wide=wide_params(plan))
+    mod = lower(mod, layout.fusions, plan, arch, records)
+    params = _params(mod)
+    schedules = _schedules(mod, machines[0].name)
+    mod = BundleParameters()(mod)
+    if device == "cpu":
+        build_cpu_library(mod, path)
+        return Library(params, schedules, {})
+    return Library(params, schedules, build_cuda_library(mod, path, machines))
+
+
+def lower(
+    mod: tvm.IRModule, fusions: Mapping[str, Sequence[str]], plan: Plan, arch: str, records: Records | None = None
+) -> tvm.IRModule:
+    """The graph passes: dense matmuls in, calls of finished kernels out."""
+    pipeline = [
+        FuseProjections(fusions),  # one matmul where several read the same input
+        AnnotateSparsity(plan),  # the plan, on the functions
+        LowerSparseMatmul(arch),  # matmul -> call_tir on packed parameters
+        ApplySchedules(records),  # sketches -> kernels, by record or by default
+        VerifySchedules(),  # nothing unfinished goes on
+    ]
+    instruments = [tvm.ir.instrument.DumpIR("tvm_sparse_ir")] if DEBUG >= 3 else []
+    with tvm.transform.PassContext(opt_level=3, instruments=instruments):
+        return tvm.transform.Sequential(pipeline)(mod)
+
+
+def describe(config: ModelConfig, layout: Layout, device: str, dtype: str, batch: int, context: int) -> dict[str, Any]:
+    """What the engine must know to call the library (tvm_sparse.json)."""
+    chunks = CHUNKS[device]
+    return {
+        "device": device,
+        "dtype": dtype,
+        "batch": batch,
+        "context": context,
+        "prefill_chunk": chunks.prefill,
+        "score_chunk": chunks.score,
+        "config": config.to_json(),
+        "eos_token_ids": list(config.eos_token_ids),
+        "layout": {"schedule": list(layout.schedule)},
+        "state": [asdict(tensor) for tensor in state_tensors(config, layout, batch, dtype)],
+    }
+
+
+def wide_params(plan: Plan) -> tuple[str, ...]:
+    """Matrices kept in float32, because a checkpoint's values are no bfloat16."""
+    return tuple(name for name, entry in plan.items() if dict(entry.choice.options).get("width") == 32)
+
+
+def _params(mod: tvm.IRModule) -> tuple[str, ...]:
+    orders = {
+        tuple(param.name for param in function.params[int(function.attrs["num_input"]) :])
+        for function in mod.functions.values()
+        if isinstance(function, relax.Function)
+    }
+    assert len(orders) == 1, "the functions of one library take the same weights in the same order"
+    return orders.pop()
+
+
+def _schedules(mod: tvm.IRModule, machine: str) -> dict[str, str]:
+    found = {}
+    for function in mod.functions.values():
+        spec = (function.attrs or {}).get(SPEC_ATTR)
+        if spec is not None:
+            tuned = read_decisions(function)
+            source = f"tuned on {machine}: {json.dumps(tuned, sort_keys=True)}" if tuned else "default"
+            found[KernelSpec.from_json(str(spec)).name] = source
+    return found
