@@ -60,7 +60,8 @@ def parse_build(argv: Sequence[str]) -> BuildConfig:
     add("--exclude", action="append", default=[], metavar="REGEX", help="do not prune these; wins over --include")
     add("--target", default="b200", help="comma list of b200, h200, h100, cpu, or auto")
     add("--dtype", default="bfloat16", choices=DTYPES, help="of activations and caches")
-    add("--context", type=int, default=argparse.SUPPRESS, help="largest context in tokens (default 4096, or the model's own limit)")
+    add("--context", type=int, default=argparse.SUPPRESS, help="largest context in tokens (default: 4096, or less "
+        "where the model ends earlier)")  # fmt: skip
     add("--batch", type=int, default=1, help="sequences decoded together")
     add("--seed", type=int, default=0, help="of synthetic weights")
     add("--out", type=Path, help="the artefact (default dist/MODEL-sSPARSITY-TARGET)")

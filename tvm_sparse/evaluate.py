@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
@@ -111,7 +112,7 @@ def _open_artefact(folder: Path, window: int, device: str) -> tuple[Callable[[st
 
     def score(ids: list[int]) -> np.ndarray:
         engine.reset()
-        return engine.score(ids)
+        return np.asarray(engine.score(ids))
 
     return engine.tokenizer.encode, score
 
@@ -124,7 +125,8 @@ def _open_checkpoint(folder: Path, device: str, dtype: str | None) -> tuple[Call
     if not (folder / "tokenizer.json").exists():
         raise Refusal(f"{folder} has no tokenizer.json: perplexity of a text needs one")
     tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-    model = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True).to(device).eval()
+    model: Any = AutoModelForCausalLM.from_pretrained(folder, dtype=dtype or "auto", local_files_only=True)
+    model.to(device).eval()
 
     def score(ids: list[int]) -> np.ndarray:
         with torch.inference_mode():

@@ -65,7 +65,7 @@ def compile_library(
     mod = lower(mod, layout.fusions, plan, arch, records)
     params = _params(mod)
     schedules = _schedules(mod, machines[0].name)
-    mod = BundleParameters()(mod)
+    mod = tvm.transform.Sequential([BundleParameters()])(mod)
     if device == "cpu":
         build_cpu_library(mod, path)
         return Library(params, schedules, {})

@@ -27,7 +27,8 @@ from tvm_sparse.targets import Machine
 class Weights(Protocol):
     """Where parameters come from, pruned (tvm_sparse.pruning.PrunedWeights): bfloat16 where exact, else float32."""
 
-    selected: Collection[str]
+    @property
+    def selected(self) -> Collection[str]: ...
 
     def exact_bf16(self, param: RuntimeParam) -> bool: ...
 

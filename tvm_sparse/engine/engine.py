@@ -75,7 +75,7 @@ class Engine:
     @property
     def synthetic(self) -> bool:
         """Whether the weights are random numbers, made for measuring."""
-        return self._facts["weights"]["kind"] == "synthetic"
+        return self._facts.get("weights", {}).get("kind") == "synthetic"
 
     def reset(self) -> None:
         """Forgets every sequence. Attention caches keep their bytes: nothing reads past the position."""
