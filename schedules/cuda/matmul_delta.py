@@ -56,7 +56,7 @@ __device__ __forceinline__ void tvms_stage_bf16x8(const void* from, float* to) {
 )
 
 
-def _chunk_code(gap_bits: int, tile: int) -> tuple[str, str]:
+def chunk_code(gap_bits: int, tile: int) -> tuple[str, str]:
     """Name and source of the function that turns one lane's 8 words into `tile` sums.
 
     `at` is the byte offset of the column after the last word's, so that the j-th word of the chunk adds its gap - 1
@@ -111,7 +111,7 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
     partial = padded * tile  # where the partial sums begin
     threads = segments * WARP
     chunks, extra = symbol("chunks"), symbol("nr")
-    function, source = _chunk_code(gap_bits, tile)
+    function, source = chunk_code(gap_bits, tile)
     eights = spec.x_dtype == "bfloat16" and k % 8 == 0 and tile == 1
     reducers = min(segments, tile)  # warps that finish tokens, one or more each
 

@@ -89,20 +89,26 @@ def build_cuda_library(mod: Any, out_path: str | Path, machines: Sequence[Machin
     return found
 
 
+def flags(arches: Sequence[str]) -> list[str]:
+    """nvcc's options: machine code only, uncompressed so that `images` can read it, two cores busy.
+
+    Fast math stays off: exp, division and denormals in softmax, gates and scales are those of IEEE.
+    """
+    codes = [f"-gencode=arch=compute_{_suffix(arch)},code={arch}" for arch in arches]
+    wide = ["--split-compile=0", f"--threads={len(arches)}"]
+    return ["--fatbin", "-O3", "-std=c++17", "--compress-mode=none", *wide, *codes]
+
+
 def compile_source(toolkit: Toolkit, source: str, arches: Sequence[str]) -> bytes:
     """CUDA source -> one fatbin with machine code for each arch ("sm_90a", ...), without PTX.
 
-    Fast math stays off: exp, division and denormals in softmax, gates and scales are those of IEEE.
     TVM_SPARSE_DEBUG=4 keeps the source and prints registers, shared memory and spills of every kernel.
     """
     debug = os.environ.get("TVM_SPARSE_DEBUG", "") >= "4"
     with tempfile.TemporaryDirectory(prefix="tvm_sparse_cuda_") as scratch:
         written, made = Path(scratch, "kernels.cu"), Path(scratch, "kernels.fatbin")
         written.write_text(source)
-        asked = [str(toolkit.nvcc), "--fatbin", "-O3", "-std=c++17", "--expt-relaxed-constexpr"]
-        asked += ["--compress-mode=none", "--split-compile=0", f"--threads={len(arches)}"]
-        asked += [f"-gencode=arch=compute_{_suffix(arch)},code={arch}" for arch in arches]
-        asked += ["-Xptxas=-v"] if debug else []
+        asked = [str(toolkit.nvcc), *flags(arches), *(["-Xptxas=-v"] if debug else [])]
         done = subprocess.run([*asked, "-o", str(made), str(written)], capture_output=True, text=True)
         if debug:
             print(done.stderr)

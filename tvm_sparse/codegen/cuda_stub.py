@@ -24,10 +24,11 @@ def load_driver(needed_by: Path) -> None:
     try:
         ctypes.CDLL("libcuda.so.1", mode=ctypes.RTLD_GLOBAL)
     except OSError:
-        ctypes.CDLL(str(_make_stub(needed_by)), mode=ctypes.RTLD_GLOBAL)
+        ctypes.CDLL(str(make_stub(needed_by)), mode=ctypes.RTLD_GLOBAL)
 
 
-def _make_stub(needed_by: Path) -> Path:
+def make_stub(needed_by: Path) -> Path:
+    """The stub in the user's cache folder, made there if it is new. Raises Refusal without a C compiler."""
     names = sorted(set(re.findall(rb"\0(cu[A-Z]\w+)(?=\0)", needed_by.read_bytes())))
     source = "".join(f"int {name.decode()}(void) {{ return 100; }}\n" for name in names)
     folder = _cache_folder() / f"libcuda-stub-{hashlib.sha256(source.encode()).hexdigest()[:16]}"

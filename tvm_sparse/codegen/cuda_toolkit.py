@@ -12,6 +12,7 @@ from pathlib import Path
 from tvm_sparse.errors import Refusal
 
 CUDART = "libcudart.so.13"  # the one that TVM's CUDA runtime library is linked with
+INSTALLED = Path("/usr/local/cuda")  # where NVIDIA's installers put a toolkit
 
 
 @dataclass(frozen=True)
@@ -41,14 +42,14 @@ def _nvcc_candidates() -> Iterator[Path]:
             yield Path(home, "bin", "nvcc")
     if found := shutil.which("nvcc"):
         yield Path(found)
-    yield Path("/usr/local/cuda/bin/nvcc")
+    yield INSTALLED / "bin" / "nvcc"
     yield from (root / "bin" / "nvcc" for root in _wheel_roots())
 
 
 def _cudart_candidates(nvcc: Path) -> Iterator[Path]:
     homes = [nvcc.resolve().parent.parent]
     homes += [Path(os.environ[name]) for name in ("CUDA_HOME", "CUDA_PATH") if name in os.environ]
-    homes += [Path("/usr/local/cuda"), *_wheel_roots()]
+    homes += [INSTALLED, *_wheel_roots()]
     for home in homes:
         yield from (home / folder / CUDART for folder in ("lib64", "lib", "targets/x86_64-linux/lib"))
 
