@@ -200,8 +200,8 @@ def _normal_exponents(nnz: int, density: float) -> tuple[int, ...]:
 def _reason(ranked: Sequence[FormatChoice], ratio: Mapping[FormatChoice, float]) -> str:
     """One line: the winner's expected time against dense, and what came next of another format."""
     best = ranked[0]
-    runner = next((choice for choice in ranked if choice.name != best.name), None)
+    runner = next((choice for choice in ranked if choice.name not in (best.name, "dense")), None)
     if best.name == "dense":
         return f"dense: {runner} would take {ratio[runner]:.2f} of its time" if runner else "dense: nothing else fits"
     text = f"{1 / ratio[best]:.2f} times as fast as dense"
-    return f"{text}, {runner} {1 / ratio[runner]:.2f}" if runner and runner.name != "dense" else text
+    return f"{text}, {runner} {1 / ratio[runner]:.2f}" if runner and ratio[runner] < 1 else text

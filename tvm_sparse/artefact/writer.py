@@ -26,6 +26,7 @@ from tvm_sparse.errors import Stopped
 
 JOURNAL = "params.journal"
 FILE_LIMIT = 4_000_000_000
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 BufferSpec = tuple[str, str, tuple[int, ...], Iterable[torch.Tensor]]
 """Name within the parameter, dtype, shape, and the values in pieces that follow each other."""
@@ -174,7 +175,7 @@ class ParamsWriter:
         try:
             yield
         except OSError as error:
-            if error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            if error.errno not in FULL:
                 raise
             written = sum(facts["bytes"] for facts in self.done.values())
             free = shutil.disk_usage(self.folder).free
@@ -187,11 +188,15 @@ class ParamsWriter:
 
 
 def write_json(path: Path, data: Any) -> None:
-    """Writes JSON under a temporary name and renames it when complete."""
+    """Writes JSON under a temporary name and renames it when complete. Raises Stopped where the disk is full."""
     temporary = path.with_name(path.name + ".partial")
     try:
         temporary.write_text(json.dumps(data, indent=1) + "\n")
         temporary.replace(path)
+    except OSError as error:
+        if error.errno not in FULL:
+            raise
+        raise Stopped(f"the disk is full: no room for {path}; make room and run the same command again") from error
     finally:
         temporary.unlink(missing_ok=True)
 

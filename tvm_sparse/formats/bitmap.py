@@ -10,7 +10,7 @@ from collections.abc import Sequence
 import torch
 
 from tvm_sparse.formats.base import Buffer, FormatChoice, Packed, Shape
-from tvm_sparse.formats.bits import as_bits, magnitude
+from tvm_sparse.formats.bits import MAGNITUDE, as_bits, magnitude
 from tvm_sparse.formats.blocks import over_blocks
 from tvm_sparse.formats.stats import Stats
 
@@ -58,17 +58,23 @@ class Bitmap:
         mask = torch.empty(n, -(-k // 32), dtype=torch.int32, device=bits.device)
         counts = torch.empty(n, dtype=torch.int32, device=bits.device)
 
-        def compress(start: int, stop: int) -> torch.Tensor:
-            block = bits[start:stop]
-            present = magnitude(block) != 0
+        def count(start: int, stop: int) -> None:
+            present = magnitude(bits[start:stop]) != 0
             counts[start:stop] = present.sum(1, dtype=torch.int32)
             mask[start:stop] = pack_bits(present)
-            return block.masked_select(present)
 
-        parts = over_blocks(compress, n, k, bits.device)
+        over_blocks(count, n, k, bits.device)
         row_start = torch.zeros(n + 1, dtype=torch.int32, device=bits.device)
         torch.cumsum(counts, 0, dtype=torch.int32, out=row_start[1:])
-        values = torch.cat([*parts, bits.new_zeros(TRAILING)])
+        values = bits.new_empty(int(row_start[n]) + TRAILING)
+        values[-TRAILING:] = 0
+
+        def compress(start: int, stop: int) -> None:
+            block = bits[start:stop]
+            place = values[int(row_start[start]) : int(row_start[stop])]
+            torch.masked_select(block, (block & MAGNITUDE) != 0, out=place)
+
+        over_blocks(compress, n, k, bits.device)
         buffers = {
             "mask": mask.view(torch.uint32),
             "row_start": row_start,
