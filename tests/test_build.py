@@ -1,0 +1,172 @@
+"""`python -m tvm_sparse.build` as a user runs it: from a checkpoint to tokens, and what it says to bad input."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from importlib.util import find_spec
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tvm_sparse.build import build
+from tvm_sparse.config import parse_build
+from tvm_sparse.engine import Engine
+from tvm_sparse.errors import Refusal, run_command
+from tvm_sparse.evaluate import evaluate
+
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+SPARSE = EXAMPLES / "tiny-qwen3.5-sparse75"
+IDS = [5, 17, 42, 1021, 7]
+
+
+def run(*argv: str) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "tvm_sparse.build", *argv], capture_output=True, text=True)
+
+
+@pytest.fixture(scope="module")
+def artefact(tmp_path_factory):
+    """The shipped sparse model, built by the command itself for this CPU."""
+    out = tmp_path_factory.mktemp("build") / "sparse75"
+    done = run("--model", str(SPARSE), "--prune", "none", "--target", "cpu", "--out", str(out))
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.strip() == str(out)
+    return out
+
+
+@pytest.mark.slow
+def test_artefact_holds_what_the_design_names(artefact):
+    names = {path.name for path in artefact.iterdir()}
+    assert {"lib.so", "params-00001.safetensors", "params.json", "tvm_sparse.json", "report.json", "report.md",
+            "tokenizer.json", "generation_config.json"} <= names  # fmt: skip
+    assert not [name for name in names if "partial" in name or "journal" in name]
+    report = json.loads((artefact / "report.json").read_text())
+    projections = [row for row in report["matrices"] if "proj" in row["param"]]
+    assert all(row["density"] == pytest.approx(0.25, abs=2e-3) for row in projections)
+    assert all(row["format"] != "dense" and row["kernel"] and row["schedule"] for row in projections)
+
+
+@pytest.mark.slow
+def test_perplexity_is_that_of_transformers(artefact):
+    text = (EXAMPLES / "heldout.txt").read_text()
+    ours = evaluate(artefact, text, window=200, max_tokens=1500)
+    theirs = evaluate(SPARSE, text, window=200, max_tokens=1500)
+    assert ours.tokens == theirs.tokens
+    assert ours.perplexity == pytest.approx(theirs.perplexity, rel=1e-3)
+
+
+@pytest.mark.slow
+def test_prefill_decode_and_score_agree_and_repeat(artefact):
+    engine = Engine(artefact, verify=True)
+    whole = engine.prefill(IDS)
+    engine.reset()
+    for token in IDS:
+        stepped = engine.decode(token)
+    np.testing.assert_allclose(stepped, whole, atol=0.03 * np.abs(whole).max())
+    engine.reset()
+    assert (engine.prefill(IDS) == whole).all()
+    engine.reset()
+    scores = engine.score(IDS)
+    engine.reset()
+    logits = engine.prefill(IDS[:-1]).astype(np.float64)
+    assert scores[-1] == pytest.approx(logits[IDS[-1]] - np.log(np.exp(logits).sum()), abs=0.05)
+
+
+@pytest.mark.slow
+def test_examples_write_what_the_engine_writes(artefact, tmp_path):
+    engine = Engine(artefact)
+    expected = [str(token) for token in engine.generate(IDS, max_new_tokens=8)]
+    words = [str(artefact), "8", *map(str, IDS)]
+    python = subprocess.run([sys.executable, EXAMPLES / "generate.py", *words], capture_output=True, text=True)
+    assert python.stdout.split() == expected, python.stderr
+    assert subprocess.run([_compile_example(tmp_path), *words], capture_output=True, text=True).stdout.split() == expected
+
+
+def _compile_example(folder: Path) -> Path:
+    ffi, tvm = (Path(find_spec(name).submodule_search_locations[0]) for name in ("tvm_ffi", "tvm"))
+    made = folder / "generate"
+    subprocess.run(
+        ["c++", "-std=c++17", f"-I{ffi}/include", EXAMPLES / "generate.cc", "-o", made, f"-L{ffi}/lib", f"-L{tvm}/lib",
+         "-Wl,--no-as-needed", "-ltvm_runtime", "-ltvm_ffi", f"-Wl,-rpath,{ffi}/lib:{tvm}/lib"],
+        check=True,
+    )  # fmt: skip
+    return made
+
+
+@pytest.mark.slow
+def test_the_same_build_again_does_no_work_twice(artefact):
+    made = (artefact / "lib.so").stat().st_mtime_ns
+    build(parse_build(["--model", str(SPARSE), "--prune", "none", "--target", "cpu", "--out", str(artefact)]))
+    assert (artefact / "lib.so").stat().st_mtime_ns == made
+    Engine(artefact, verify=True)
+
+
+REFUSED = {
+    "unknown model": (["--model", "qwen9", "--sparsity", "0.5"], "qwen3.5-27b"),
+    "no sparsity": (["--model", "qwen3.5-27b"], "--sparsity is missing"),
+    "sparsity of one": (["--model", "qwen3.5-27b", "--sparsity", "1"], "outside [0, 1)"),
+    "negative sparsity": (["--model", "qwen3.5-27b", "--sparsity", "-0.1"], "outside [0, 1)"),
+    "a word for sparsity": (["--model", "qwen3.5-27b", "--sparsity", "much"], "invalid float value"),
+    "sparsity against pattern": (["--model", "qwen3.5-27b", "--sparsity", "0.75", "--pattern", "2:4"], "0.5"),
+    "unknown pattern": (["--model", "qwen3.5-27b", "--sparsity", "0.5", "--pattern", "diagonal"], "block:RxC"),
+    "pattern beside K": (["--model", str(SPARSE), "--sparsity", "0.8571", "--pattern", "1:7"], "does not divide"),
+    "unknown target": (["--model", "qwen3.5-27b", "--sparsity", "0.5", "--target", "tpu"], "b200"),
+    "mixed targets": (["--model", "qwen3.5-27b", "--sparsity", "0.5", "--target", "cpu,b200"], "mixes"),
+    "context too long": (["--model", str(SPARSE), "--sparsity", "0.5", "--context", "9999"], "2048"),
+    "batch of none": (["--model", "qwen3.5-27b", "--sparsity", "0.5", "--batch", "0"], "at least 1"),
+    "bad expression": (["--model", "qwen3.5-27b", "--sparsity", "0.5", "--include", "("], "regular expression"),
+    "unknown flag": (["--model", "qwen3.5-27b", "--sparsity", "0.5", "--speed", "11"], "--speed"),
+    "no such folder": (["--model", str(SPARSE), "--sparsity", "0.5", "--weights", "/nowhere"], "/nowhere"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_arguments_are_refused_in_one_line(case, tmp_path, capsys):
+    argv, says = REFUSED[case]
+    out = tmp_path / "out"
+    status = run_command(lambda words: build(parse_build(words)), ["--target", "cpu", *argv, "--out", str(out)])
+    message = capsys.readouterr().err
+    assert status == 2 and not out.exists()
+    assert says in message and message.count("\n") == 1
+
+
+def broken_checkpoint(folder: Path, damage: str) -> Path:
+    shutil.copytree(SPARSE, folder)
+    shard = folder / "model.safetensors"
+    tensors = load_file(shard)
+    name = "model.layers.0.mlp.up_proj.weight"
+    if damage == "truncated":
+        shard.write_bytes(shard.read_bytes()[:-1000])
+    elif damage == "missing shard":
+        shard.unlink()
+    elif damage == "wrong shape":
+        save_file(tensors | {name: tensors[name][:-1].clone()}, shard)
+    elif damage == "missing tensor":
+        save_file({key: value for key, value in tensors.items() if key != name}, shard)
+    else:
+        tensors[name][3, 5] = torch.nan
+        save_file(tensors, shard)
+    return folder
+
+
+@pytest.mark.parametrize("damage", ["truncated", "missing shard", "wrong shape", "missing tensor", "nan"])
+def test_bad_checkpoints_are_refused_and_leave_nothing(damage, tmp_path):
+    folder, out = broken_checkpoint(tmp_path / "checkpoint", damage), tmp_path / "out"
+    words = ["--model", str(folder), "--prune", "none", "--target", "cpu", "--out", str(out)]
+    with pytest.raises(Refusal) as refused:
+        build(parse_build(words))
+    assert "\n" not in str(refused.value) and not out.exists()
+    if damage in ("wrong shape", "missing tensor", "nan"):
+        assert "layers.0.mlp.up_proj.weight" in str(refused.value)
+
+
+def test_a_folder_with_other_things_is_not_written_to(tmp_path):
+    (tmp_path / "thesis.txt").write_text("years of work")
+    with pytest.raises(Refusal, match="other things"):
+        build(parse_build(["--model", str(SPARSE), "--sparsity", "0.5", "--target", "cpu", "--out", str(tmp_path)]))
+    assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
