@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-from dataclasses import asdict
 from math import prod
 from pathlib import Path
 
@@ -17,14 +16,10 @@ from tvm_sparse.artefact.safetensors_stream import SafetensorsStream
 from tvm_sparse.artefact.versions import installed
 from tvm_sparse.codegen.cpu import build_cpu_library
 from tvm_sparse.layout import Layout, make_layout
+from tvm_sparse.library import describe, lower
 from tvm_sparse.models.config import ModelConfig
-from tvm_sparse.models.qwen3_5 import CHUNKS, build_module, state_tensors
-from tvm_sparse.passes.annotate_sparsity import AnnotateSparsity
-from tvm_sparse.passes.apply_schedules import ApplySchedules
+from tvm_sparse.models.qwen3_5 import build_module
 from tvm_sparse.passes.bundle_parameters import BundleParameters
-from tvm_sparse.passes.fuse_projections import FuseProjections
-from tvm_sparse.passes.lower_sparse_matmul import LowerSparseMatmul
-from tvm_sparse.passes.verify_schedules import VerifySchedules
 from tvm_sparse.plan import keep_dense, matrices
 
 
@@ -76,17 +71,8 @@ def compile_lowered(config: ModelConfig, dtype: str, batch: int, library: Path) 
     """Through all passes, every matrix stored dense."""
     layout, width = make_layout(config), {"float32": 32, "bfloat16": 16}[dtype]
     plan = {p.name: keep_dense(p.name, p.shape, prod(p.shape), "", width) for p in matrices(layout)}
-    module = build_module(config, dtype, batch)
-    for step in (
-        FuseProjections(layout.fusions),
-        AnnotateSparsity(plan),
-        LowerSparseMatmul("x86-64"),
-        ApplySchedules(),
-        VerifySchedules(),
-        BundleParameters(),
-    ):
-        module = step(module)
-    build_cpu_library(module, library, isas=["x86-64"])
+    module = lower(build_module(config, dtype, batch), layout.fusions, plan, "x86-64")
+    build_cpu_library(BundleParameters()(module), library, isas=["x86-64"])
 
 
 def write_dense_artefact(
@@ -119,10 +105,11 @@ def write_dense_artefact(
     (folder / "params.json").write_text(json.dumps({"params": params, "files": files}))
 
     facts = {
-        "versions": installed(), "device": "cpu", "targets": ["cpu"], "config": config.to_json(),
-        "eos_token_ids": list(config.eos_token_ids), "dtype": dtype, "batch": batch, "context": context,
-        "prefill_chunk": CHUNKS["cpu"].prefill, "score_chunk": CHUNKS["cpu"].score, "params": list(weights),
-        "state": [asdict(tensor) for tensor in state_tensors(config, layout, batch, dtype)],
-    }  # fmt: skip
+        "versions": installed(),
+        "targets": ["cpu"],
+        "weights": {"kind": "random"},
+        "params": list(weights),
+        **describe(config, layout, "cpu", dtype, batch, context),
+    }
     (folder / "tvm_sparse.json").write_text(json.dumps(facts))
     return folder

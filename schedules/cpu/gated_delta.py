@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from tvm.script import tirx as T
 
-from tvm_sparse.schedules.cpu.vector import count, exp, f32, lanes, sigmoid, symbolic, tree_sum
+from tvm_sparse.schedules.cpu.vector import count, f32, lanes, symbolic, tree_sum
 
 
 def gated_delta(
@@ -47,7 +47,7 @@ def gated_delta(
             k = T.alloc_buffer((key_dim,), "float32", scope="local")
             squares = T.alloc_buffer((2, key_width), "float32", scope="local")
             scale = T.alloc_buffer((2,), "float32", scope="local")
-            gates = T.alloc_buffer((3,), "float32", scope="local")  # a + dt_bias, decay, beta
+            gates = T.alloc_buffer((3,), "float32", scope="local")  # log decay, decay, beta
             delta = T.alloc_buffer((width,), "float32", scope="local")
             read = T.alloc_buffer((width,), "float32", scope="local")
             owner: T.let[T.int32] = task // tasks if decode else slot[0]
@@ -78,11 +78,12 @@ def gated_delta(
                         k[d * key_width + v] = k[d * key_width + v] * scale[1]
 
                 gates[0] = f32(mixed[t, a_columns + h]) + dt_bias[h]
-                gates[1] = exp(
-                    -exp(A_log[h])
-                    * T.if_then_else(gates[0] > T.float32(20), gates[0], T.log1p(T.exp(gates[0])), dtype="float32")
-                )
-                gates[2] = sigmoid(f32(mixed[t, b_columns + h]))
+                gates[0] = T.if_then_else(
+                    gates[0] > T.float32(20), gates[0], T.log1p(T.exp(gates[0])), dtype="float32"
+                )  # softplus
+                gates[0] = -T.exp(A_log[h]) * gates[0]
+                gates[1] = T.exp(gates[0])
+                gates[2] = T.float32(1) / (T.float32(1) + T.exp(-f32(mixed[t, b_columns + h])))
 
                 for v in T.vectorized(width):
                     read[v] = T.float32(0)
