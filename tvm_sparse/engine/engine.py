@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -50,7 +51,6 @@ class Engine:
         self._check(batch)
 
         self._device = Device(device)
-        self.tokenizer = TextTokenizer.find(self._artefact.folder)
         vm = self._device.load_vm(self._artefact.library)
         self._prefill, self._decode, self._score = vm["prefill"], vm["decode"], vm["score"]
         self._params = self._device.array([self._load(name) for name in facts["params"]])
@@ -71,6 +71,11 @@ class Engine:
     def position(self) -> int | list[int]:
         """Tokens in the caches; a list where the batch is larger than 1."""
         return self._positions[0] if self.batch == 1 else list(self._positions)
+
+    @cached_property
+    def tokenizer(self) -> TextTokenizer | None:
+        """The checkpoint's tokenizer; None where it had none: the engine then works on ids."""
+        return TextTokenizer.find(self._artefact.folder)
 
     @property
     def synthetic(self) -> bool:
