@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -15,6 +16,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from tvm_sparse.build import build
+from tvm_sparse.codegen.cuda_images import images
+from tvm_sparse.codegen.cuda_toolkit import find_toolkit
 from tvm_sparse.config import parse_build
 from tvm_sparse.engine import Engine
 from tvm_sparse.errors import Refusal, run_command
@@ -25,8 +28,8 @@ SPARSE = EXAMPLES / "tiny-qwen3.5-sparse75"
 IDS = [5, 17, 42, 1021, 7]
 
 
-def run(*argv: str) -> subprocess.CompletedProcess:
-    return subprocess.run([sys.executable, "-m", "tvm_sparse.build", *argv], capture_output=True, text=True)
+def run(*argv: str, env: dict[str, str] | None = None) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, "-m", "tvm_sparse.build", *argv], capture_output=True, text=True, env=env)
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +107,34 @@ def test_the_same_build_again_does_no_work_twice(artefact):
     build(parse_build(["--model", str(SPARSE), "--prune", "none", "--target", "cpu", "--out", str(artefact)]))
     assert (artefact / "lib.so").stat().st_mtime_ns == made
     Engine(artefact, verify=True)
+
+
+def needs_nvcc():
+    try:
+        find_toolkit()
+    except Refusal as missing:
+        pytest.skip(str(missing))
+
+
+@pytest.mark.slow
+def test_without_weights_the_gpu_library_is_built_and_kept(tmp_path):
+    """The owner's command on a machine without GPU and network, for the smallest of the registered models."""
+    needs_nvcc()
+    out = tmp_path / "out"
+    offline = {**os.environ, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
+    done = run("--model", "qwen3.5-0.8b", "--sparsity", "0.75", "--target", "b200,h200", "--out", str(out), env=offline)
+    assert done.returncode == 3
+    assert "--weights FOLDER" in done.stderr and "--weights synthetic" in done.stderr
+    assert len(done.stderr.splitlines()) == 1
+    found = images(out / "lib.so")
+    assert sorted(found) == ["sm_100a", "sm_90a"]  # machine code, and no PTX
+    kernels = set(json.loads((out / "library.json").read_text())["schedules"])
+    assert any("delta" in kernel for kernel in kernels)
+    for arch in found:
+        assert {kernel for kernel in kernels if not any(name.startswith(kernel) for name in found[arch])} == set()
+        assert len(found[arch]) > len(kernels)  # the operations between the projections, too
+    with pytest.raises(Refusal, match="no weights"):
+        Engine(out, device="cuda:0")
 
 
 REFUSED = {
