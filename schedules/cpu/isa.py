@@ -90,7 +90,7 @@ declare void @llvm.prefetch.p0(ptr, i32, i32, i32)
 
 _AVX512 = """
 DEFINE <16 x i32> @ts_expand(ptr %p, i32 %bits) ATTRS {
-  %v = load <32 x i16>, ptr %p, align 2, !invariant.load !0
+  %v = call <32 x i16> asm "vmovdqu64 $1, $0", "=v,*m"(ptr elementtype(<32 x i16>) %p)
   %k = bitcast i32 %bits to <32 x i1>
   %e = call <32 x i16> @llvm.x86.avx512.mask.expand.v32i16(<32 x i16> %v, <32 x i16> zeroinitializer, <32 x i1> %k)
   %r = bitcast <32 x i16> %e to <16 x i32>

@@ -21,20 +21,25 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tirx.PrimFunc:
 
 class BitmapRows:
     def __init__(self, isa: Isa, buffers, count: int, spec: KernelSpec, prefetch: int):
-        self.isa, self.prefetch = isa, prefetch
+        self.isa, self.ahead = isa, prefetch
         self.mask, self.row_start, self.values = buffers
         self.rows: dict[int, tirx.PrimExpr] = {}
-        self.at = T.alloc_buffer((count,), "int32", scope="local")
+        self.at = T.alloc_buffer((count,), "int64", scope="local")
         self.bits = T.alloc_buffer((count,), "uint32", scope="local")
 
     def start(self, r: int, row) -> None:
         self.rows[r] = row
-        T.buffer_store(self.at, self.row_start[row], [r])
+        T.buffer_store(self.at, T.cast(self.row_start[row], "int64"), [r])
+
+    def prefetch(self, r: int, i, u: int) -> None:
+        # Two blocks hold a cache line of values at density 0.5; sixteen share one of the mask.
+        if self.ahead and u % 2 == 0:
+            T.evaluate(self.isa.prefetch(T.address_of(self.values[self.at[r] + 32 * self.ahead])))
+        if self.ahead and u == 0:
+            T.evaluate(self.isa.prefetch(T.address_of(self.mask[self.rows[r], i + 16 * self.ahead])))
 
     def block(self, r: int, i) -> None:
         T.buffer_store(self.bits, self.mask[self.rows[r], i], [r])
-        if self.prefetch:
-            T.evaluate(self.isa.prefetch(T.address_of(self.values[self.at[r] + 32 * self.prefetch])))
 
     def vector(self, r: int, i, step: int):
         bits = self.bits[r]
@@ -43,14 +48,14 @@ class BitmapRows:
         lanes = self.isa.lanes
         low = bits & T.uint32((1 << lanes * step) - 1)
         here = T.bitwise_and(T.shift_right(bits, T.uint32(lanes * step)), T.uint32((1 << lanes) - 1))
-        return self.isa.expand(T.address_of(self.values[self.at[r] + T.cast(T.popcount(low), "int32")]), here)
+        return self.isa.expand(T.address_of(self.values[self.at[r] + T.cast(T.popcount(low), "int64")]), here)
 
     def advance(self, r: int, i) -> None:
-        T.buffer_store(self.at, self.at[r] + T.cast(T.popcount(self.bits[r]), "int32"), [r])
+        T.buffer_store(self.at, self.at[r] + T.cast(T.popcount(self.bits[r]), "int64"), [r])
 
     def scalar(self, r: int, i, j):
         stored = T.bitwise_and(T.shift_right(self.bits[r], T.cast(j, "uint32")), T.uint32(1)) != T.uint32(0)
         return stored, T.cast(self.values[self.at[r]], "float32")
 
     def advance_scalar(self, r: int) -> None:
-        T.buffer_store(self.at, self.at[r] + 1, [r])
+        T.buffer_store(self.at, self.at[r] + T.int64(1), [r])

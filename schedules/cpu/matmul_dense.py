@@ -28,16 +28,19 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tirx.PrimFunc:
 
 class DenseRows:
     def __init__(self, isa: Isa, buffers, count: int, spec: KernelSpec, prefetch: int):
-        self.isa, self.prefetch = isa, prefetch
+        self.isa, self.ahead = isa, prefetch
         (self.weight,) = buffers
         self.rows: dict[int, tirx.PrimExpr] = {}
 
     def start(self, r: int, row) -> None:
         self.rows[r] = row
 
+    def prefetch(self, r: int, i, u: int) -> None:
+        if self.ahead:
+            T.evaluate(self.isa.prefetch(T.address_of(self.weight[self.rows[r], 32 * (i + self.ahead)])))
+
     def block(self, r: int, i) -> None:
-        if self.prefetch:
-            T.evaluate(self.isa.prefetch(T.address_of(self.weight[self.rows[r], 32 * (i + self.prefetch)])))
+        pass
 
     def vector(self, r: int, i, step: int):
         return self.isa.load(T.address_of(self.weight[self.rows[r], 32 * i + step * self.isa.lanes]))

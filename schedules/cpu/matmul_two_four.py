@@ -21,7 +21,7 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tirx.PrimFunc:
 
 class TwoFourRows:
     def __init__(self, isa: Isa, buffers, count: int, spec: KernelSpec, prefetch: int):
-        self.isa, self.prefetch, self.k = isa, prefetch, spec.k
+        self.isa, self.ahead = isa, prefetch
         self.values, self.meta = buffers
         self.rows: dict[int, tirx.PrimExpr] = {}
         self.bits = T.alloc_buffer((count,), "uint32", scope="local")
@@ -29,15 +29,20 @@ class TwoFourRows:
     def start(self, r: int, row) -> None:
         self.rows[r] = row
 
+    def prefetch(self, r: int, i, u: int) -> None:
+        # Two blocks hold a cache line of values, sixteen one of positions.
+        if self.ahead and u % 2 == 0:
+            T.evaluate(self.isa.prefetch(T.address_of(self.values[self.rows[r], 16 * i + 32 * self.ahead])))
+        if self.ahead and u == 0:
+            T.evaluate(self.isa.prefetch(T.address_of(self.meta[self.rows[r], 2 * i + 32 * self.ahead])))
+
     def block(self, r: int, i) -> None:
-        if isinstance(i, int):  # the ragged end is read group by group
+        if isinstance(i, int):  # the ragged end, which is read group by group
             return
         row = self.rows[r]
         words = [T.cast(self.meta[row, 2 * i + half], "uint32") for half in range(2)]
         T.buffer_store(self.bits, T.bitwise_or(words[0], T.shift_left(words[1], T.uint32(16))), [r])
         T.buffer_store(self.bits, kept_columns(self.bits[r]), [r])
-        if self.prefetch:
-            T.evaluate(self.isa.prefetch(T.address_of(self.values[row, 16 * (i + self.prefetch)])))
 
     def vector(self, r: int, i, step: int):
         lanes = self.isa.lanes

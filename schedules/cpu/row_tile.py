@@ -1,13 +1,17 @@
 """The CPU matmul template: a tile of W's rows against a tile of tokens, 32 columns at a time.
 
 Shared by every format that stores W row by row; a `Rows` says how a format's next weights come into a vector
-register. Each (row, token) has one accumulator that walks the columns in order, so a token's result depends neither
-on the other tokens of the call, nor on the tile sizes, nor on the number of threads.
+register. A (row, token) has `unroll` accumulators that take the 32-column blocks in turn and are added in a fixed order
+at the end: results depend neither on other tokens' values nor on the number of threads.
 
     parallel  chunks of rows
       tokens    tiles of `tokens`, then of half as many, ... down to 1 for what is left
-        rows      tiles of `rows`, whose streams are walked together to hide latencies
-          columns   32 at a time
+        rows      tiles of `rows`, walked together: each loaded x serves them all
+          columns   `unroll` blocks of 32 at a time
+
+One token is bound by memory: a single row with several accumulators reads its values as one stream, which together with
+prefetching is twice as fast as several rows side by side. Eight tokens are bound by arithmetic and by x: there
+rows x tokens fill the registers.
 """
 
 from __future__ import annotations
@@ -33,6 +37,9 @@ class Rows(Protocol):
     def start(self, r: int, row) -> None:
         """Row `row` becomes the tile's r-th."""
 
+    def prefetch(self, r: int, i, u: int) -> None:
+        """Asks for memory some way ahead; called before block i, the u-th of an unrolled group."""
+
     def block(self, r: int, i) -> None:
         """Makes the r-th row ready for columns 32 i to 32 i + 31."""
 
@@ -50,15 +57,19 @@ class Rows(Protocol):
 
 
 def space(spec: KernelSpec) -> tuple[Decision, ...]:
-    """`accumulators` bounds rows x tokens of a tile by the registers there are, `rows` the rows alone."""
+    """Registers hold rows x tokens x unroll accumulators, at most `accumulators` of them.
+
+    `prefetch` is how many cache lines ahead values are asked for, 0: not at all.
+    """
     wide = spec.arch == "avx512"
     tokens = 1 if spec.m == 1 else min(8, 1 << (spec.m - 1).bit_length()) if spec.m else 8
     return (
         Decision("tokens", tuple(t for t in (1, 2, 4, 8) if t <= tokens), min(tokens, 8 if wide else 4)),
-        Decision("rows", (1, 2, 3, 4, 6, 8), 4 if wide else 2),
+        Decision("rows", (1, 2, 3, 4, 6, 8), 1 if spec.m == 1 else 4 if wide else 2),
+        Decision("unroll", (1, 2, 4, 8), 8 if spec.m == 1 else 1),
         Decision("accumulators", (8, 16, 24), 24 if wide else 8),
         Decision("chunk", (16, 32, 64, 128), 32),
-        Decision("prefetch", (0, 8, 16, 32), 0),
+        Decision("prefetch", (0, 4, 8, 16, 32), 16),
     )
 
 
@@ -73,13 +84,14 @@ def build(spec: KernelSpec, decisions: Mapping[str, int], rows_type: type) -> ti
         with T.attr(T.int32(0), "pragma_import_llvm", isa.llvm), T.parallel(0, -(-spec.n // chunk)) as c:
             for width, first, count in token_tiles(m, decisions["tokens"]):
                 rows = max(1, min(decisions["rows"], decisions["accumulators"] // width))
+                unroll = max(1, min(decisions["unroll"], decisions["accumulators"] // (rows * width)))
                 with T.serial(0, count) as tile, T.serial(0, -(-chunk // rows)) as group:
                     last = tirx.min(c * chunk + chunk, spec.n) - 1
                     # A tile that reaches past the chunk computes the chunk's last row again.
                     at = [tirx.min(c * chunk + group * rows + r, last) for r in range(rows)]
                     tokens = [first + tile * width + t for t in range(width)]
                     streams = rows_type(isa, buffers, rows, spec, decisions["prefetch"])
-                    _tile(isa, spec, streams, x, y, at, tokens)
+                    _tile(isa, spec, streams, x, y, at, tokens, unroll)
     return builder.get()
 
 
@@ -94,31 +106,42 @@ def token_tiles(m, most: int):
         width //= 2
 
 
-def _tile(isa: Isa, spec: KernelSpec, streams: Rows, x, y, rows: list, tokens: list) -> None:
+def _tile(isa: Isa, spec: KernelSpec, streams: Rows, x, y, rows: list, tokens: list, unroll: int) -> None:
     count, width = len(rows), len(tokens)
-    accs = T.alloc_buffer((count * width,), isa.acc, scope="local")
+    accs = T.alloc_buffer((count * width * unroll,), isa.acc, scope="local")
     weights = T.alloc_buffer((count,), isa.vector, scope="local")
     for r in range(count):
         streams.start(r, rows[r])
-    for i in range(count * width):
+    for i in range(count * width * unroll):
         T.buffer_store(accs, isa.zero(), [i])
 
-    with T.serial(0, spec.k // BLOCK) as i:
+    def block(i, u: int) -> None:
         for r in range(count):
+            streams.prefetch(r, i, u)
             streams.block(r, i)
         for step in range(BLOCK // isa.lanes):
             for r in range(count):
                 T.buffer_store(weights, streams.vector(r, i, step), [r])
                 for t, token in enumerate(tokens):
                     place = T.address_of(x[token, i * BLOCK + step * isa.lanes])
-                    a = r * width + t
+                    a = (r * width + t) * unroll + u
                     T.buffer_store(accs, isa.dot(spec.x_dtype, accs[a], weights[r], place), [a])
         for r in range(count):
             streams.advance(r, i)
 
+    blocks = spec.k // BLOCK
+    with T.serial(0, blocks // unroll) as i:
+        for u in range(unroll):
+            block(i * unroll + u, u)
+    for u in range(blocks % unroll):
+        block(T.int32(blocks // unroll * unroll + u), u)
+
     sums = T.alloc_buffer((count * width,), "float32", scope="local")
     for a in range(count * width):
-        T.buffer_store(sums, isa.sum(accs[a]), [a])
+        total = accs[a * unroll]
+        for u in range(1, unroll):
+            total = total + accs[a * unroll + u]
+        T.buffer_store(sums, isa.sum(total), [a])
     _tail(spec, streams, x, sums, count, tokens)
     for r, row in enumerate(rows):
         for t, token in enumerate(tokens):

@@ -1,0 +1,51 @@
+"""One CPU kernel alone, compiled and dispatched exactly as in an artefact's library."""
+
+from __future__ import annotations
+
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+
+import torch
+import tvm
+import tvm_ffi
+
+from tvm_sparse.codegen.cpu import build_cpu_library
+from tvm_sparse.formats import Packed
+from tvm_sparse.schedules.spec import CPU_ISAS, KernelSpec
+from tvm_sparse.schedules.table import instantiate, write_decisions
+
+
+class CpuKernel:
+    """y [m, n] = x [m, k] W^T for packed W; `tuned` decisions go by instruction set, `isa` is the one in use."""
+
+    def __init__(self, spec: KernelSpec, tuned: Mapping[str, Mapping[str, int]] | None = None):
+        self.spec = spec
+        function = write_decisions(instantiate(spec), tuned or {})
+        with tempfile.TemporaryDirectory() as folder:
+            path = Path(folder) / "kernel.so"
+            build_cpu_library(tvm.IRModule({spec.name: function}), path)
+            self._library = tvm_ffi.load_module(str(path))
+        self._function = self._library.get_function(spec.name, query_imports=True)
+        self.isa = CPU_ISAS[self._library.get_function("tvm_sparse_isa", query_imports=True)()]
+
+    def bind(self, x: torch.Tensor, buffers: Mapping[str, torch.Tensor]) -> Callable[[], torch.Tensor]:
+        """The call on these tensors, its output allocated once and poisoned."""
+        dtype = getattr(torch, self.spec.out_dtype)
+        y = torch.full((x.shape[0], self.spec.n), float("nan"), dtype=dtype)
+        arguments = [tvm_ffi.from_dlpack(tensor) for tensor in (x, *buffers.values(), y)]
+
+        def call() -> torch.Tensor:
+            self._function(*arguments)
+            return y
+
+        return call
+
+    def __call__(self, x: torch.Tensor, packed: Packed) -> torch.Tensor:
+        return self.bind(x, packed.buffers)()
+
+
+def set_threads(count: int) -> None:
+    """Threads of torch and of TVM's runtime from here on."""
+    torch.set_num_threads(count)
+    tvm_ffi.get_global_func("runtime.config_threadpool")(1, count)
