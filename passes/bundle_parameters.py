@@ -9,6 +9,7 @@ import tvm
 from tvm import relax
 
 NUM_STATE_ATTR = "tvm_sparse.num_state"
+"""How many parameters before the weights are state; `num_input` counts inputs and state together."""
 
 
 @tvm.transform.module_pass(opt_level=0)

@@ -140,6 +140,9 @@ def test_chat_template(artefact, tmp_path):
     (tmp_path / "tokenizer.json").write_text((artefact / "tokenizer.json").read_text())
     with pytest.raises(Refusal, match="chat template"):
         TextTokenizer(tmp_path).chat([])
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(Refusal, match="cannot be read"):
+        TextTokenizer(tmp_path)
 
 
 ALONE = """
@@ -163,5 +166,6 @@ def test_generate_command(artefact):
     command = [sys.executable, "-m", "tvm_sparse.generate", str(artefact), "--prompt", "In", "--max-new-tokens"]
     done = subprocess.run([*command, "5"], capture_output=True, text=True)
     assert done.returncode == 0 and done.stdout.endswith("\n") and "tokens/s" in done.stderr
-    refused = subprocess.run([*command, "0"], capture_output=True, text=True)
-    assert refused.returncode == 2 and refused.stdout == "" and len(refused.stderr.splitlines()) == 1
+    for wrong in (["0"], ["5", "--prompt", "x" * 300], ["5", "--top-k", "-1"], ["5", "--device", "cuda:0"]):
+        refused = subprocess.run([*command, *wrong], capture_output=True, text=True)
+        assert refused.returncode == 2 and refused.stdout == "" and len(refused.stderr.splitlines()) == 1

@@ -16,10 +16,16 @@ class TextTokenizer:
     """The tokenizer of an artefact; `encode` adds no special tokens, `decode` leaves them out."""
 
     def __init__(self, folder: Path) -> None:
-        from tokenizers import Tokenizer
-
+        """Raises Refusal where the file is damaged or the tokenizers package is missing."""
+        try:
+            from tokenizers import Tokenizer
+        except ImportError as missing:
+            raise Refusal("text needs the tokenizers package: pip install tokenizers, or give token ids") from missing
         self._folder = folder
-        self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        try:
+            self._tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        except Exception as bad:  # tokenizers raises Exception itself
+            raise Refusal(f"{folder / 'tokenizer.json'} cannot be read ({bad}): copy the checkpoint's own") from bad
 
     @staticmethod
     def find(folder: Path) -> TextTokenizer | None:

@@ -22,13 +22,11 @@ from tvm import relax
 
 from tvm_sparse.layout import Layout, make_layout
 from tvm_sparse.models.config import LINEAR, ModelConfig, tensors
+from tvm_sparse.passes.bundle_parameters import NUM_STATE_ATTR
 from tvm_sparse.schedules.ops import ModelOps
 
 CONTEXT = "context"
 """Stands for the symbolic dimension T in a StateTensor's shape."""
-
-NUM_STATE_ATTR = "tvm_sparse.num_state"
-"""How many parameters before the weights are state; `num_input` counts inputs and state together."""
 
 
 @dataclass(frozen=True)
