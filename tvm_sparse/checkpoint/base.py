@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from tvm_sparse.checkpoint.whole import Stored
 from tvm_sparse.errors import Stopped
 from tvm_sparse.models.config import ModelConfig, TensorSpec, tensors
 
@@ -56,6 +57,17 @@ class Checkpoint(ABC):
         count = self._specs[name].shape[0]
         for start in range(0, count, rows):
             yield self.rows(name, start, min(start + rows, count))
+
+    @abstractmethod
+    def stored(self) -> tuple[Stored, ...]:
+        """Every tensor of the checkpoint by its name there, the MTP layer and the vision tower included.
+
+        A folder's are those of its files, already checked against their sizes; a tied copy of the head is none.
+        """
+
+    @abstractmethod
+    def stored_rows(self, tensor: Stored, start: int, stop: int) -> torch.Tensor:
+        """Rows [start, stop) of one of `stored()`, in its own dtype. Raises Refusal where that is no float to read."""
 
     def side_files(self) -> dict[str, Path]:
         """Tokenizer, chat template and generation config, where present: file name -> path."""

@@ -13,6 +13,7 @@ import torch
 from tvm_sparse.checkpoint.base import READ_ROWS, Checkpoint
 from tvm_sparse.checkpoint.names import split_name
 from tvm_sparse.checkpoint.safetensors_file import Entry, read_header, read_rows
+from tvm_sparse.checkpoint.whole import Stored
 from tvm_sparse.errors import Refusal
 from tvm_sparse.models.config import ModelConfig, TensorSpec, tensors, token_ids
 
@@ -29,6 +30,8 @@ SIDE_FILES = (
     "merges.txt",
 )
 
+Place = tuple[Path, str, Entry]  # file, full name, where in it
+
 
 class FolderCheckpoint(Checkpoint):
     """Lazy: rows are read from their shard when asked for."""
@@ -36,10 +39,12 @@ class FolderCheckpoint(Checkpoint):
     def __init__(self, folder: Path, config: ModelConfig | None, origin: dict[str, Any] | None = None) -> None:
         self.folder = folder
         found = folder_config(folder, config)
-        text, dropped = _text_tensors(folder)
+        text, others = _split_tensors(folder)
+        dropped = dict(sorted(Counter(part for part, _ in others.values()).items()))
         _check_tensors(folder, text, tensors(found), dropped, found.tie_word_embeddings)
         super().__init__(found, origin or {"kind": "folder", "path": str(folder.resolve())}, dropped)
         self._text = text
+        self._others = others
         self._exact: dict[str, bool] = {}
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
@@ -58,6 +63,16 @@ class FolderCheckpoint(Checkpoint):
                 for start in range(0, count, READ_ROWS)
             )
         return self._exact[name]
+
+    def stored(self) -> tuple[Stored, ...]:
+        places = [("text", self._text[name]) for name in self.names()] + list(self._others.values())
+        return tuple(
+            Stored(full, part, split_name(full)[1], entry.shape, entry.dtype) for part, (_, full, entry) in places
+        )
+
+    def stored_rows(self, tensor: Stored, start: int, stop: int) -> torch.Tensor:
+        path, full, entry = self._text[tensor.short] if tensor.part == "text" else self._others[tensor.name][1]
+        return read_rows(path, full, entry, start, stop)
 
     def side_files(self) -> dict[str, Path]:
         return {name: self.folder / name for name in SIDE_FILES if (self.folder / name).is_file()}
@@ -122,20 +137,20 @@ def shard_names(folder: Path) -> tuple[str, ...] | None:
     return (SINGLE,) if (folder / SINGLE).is_file() else None
 
 
-def _text_tensors(folder: Path) -> tuple[dict[str, tuple[Path, str, Entry]], dict[str, int]]:
-    """Every text tensor, short name -> (file, full name, entry), and a count of the others by part."""
+def _split_tensors(folder: Path) -> tuple[dict[str, Place], dict[str, tuple[str, Place]]]:
+    """Every text tensor by short name; every other tensor by full name, with its part."""
     shards = shard_names(folder)
     if shards is None:
         raise Refusal(f"{folder} has no {INDEX} and no {SINGLE}: only safetensors checkpoints are read")
-    text: dict[str, tuple[Path, str, Entry]] = {}
-    dropped: Counter[str] = Counter()
+    text: dict[str, Place] = {}
+    others: dict[str, tuple[str, Place]] = {}
     held: set[str] = set()
     for shard in shards:
         for full, entry in read_header(folder / shard).items():
             held.add(full)
             part, short = split_name(full)
             if part != "text":
-                dropped[part] += 1
+                others[full] = (part, (folder / shard, full, entry))
             elif short in text:
                 raise Refusal(f"{folder}: tensor {short} is there twice, as {text[short][1]} and {full}")
             else:
@@ -144,12 +159,12 @@ def _text_tensors(folder: Path) -> tuple[dict[str, tuple[Path, str, Entry]], dic
         for full, shard in read_json(folder / INDEX)["weight_map"].items():
             if full not in held:
                 raise Refusal(f"{folder / shard} does not hold {full}, which {INDEX} promises: fetch it again")
-    return text, dict(sorted(dropped.items()))
+    return text, others
 
 
 def _check_tensors(
     folder: Path,
-    text: dict[str, tuple[Path, str, Entry]],
+    text: dict[str, Place],
     expected: dict[str, TensorSpec],
     dropped: dict[str, int],
     tied: bool,

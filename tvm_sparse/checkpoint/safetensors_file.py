@@ -63,7 +63,9 @@ def read_header(path: Path) -> dict[str, Entry]:
 
 
 def read_rows(path: Path, name: str, entry: Entry, start: int, stop: int) -> torch.Tensor:
-    """Rows [start, stop) of a bfloat16, float16 or float32 tensor, in memory of their own."""
+    """Rows [start, stop) of a bfloat16, float16 or float32 tensor, in memory of their own. Refusal for other dtypes."""
+    if entry.dtype not in _TORCH:
+        raise Refusal(f"{path}: tensor {name} is {entry.dtype}: give an unquantised checkpoint ({', '.join(_TORCH)})")
     stop = min(stop, entry.shape[0])
     row = (entry.end - entry.begin) // entry.shape[0]
     raw = np.fromfile(path, np.uint8, (stop - start) * row, offset=entry.begin + start * row)

@@ -12,6 +12,7 @@ from hashlib import blake2b
 import torch
 
 from tvm_sparse.checkpoint.base import Checkpoint
+from tvm_sparse.checkpoint.whole import Stored, VisionTower, stored_tensors, text_dtype
 from tvm_sparse.models.config import ModelConfig
 
 ROWS = 256
@@ -26,18 +27,30 @@ _STD = {
     "conv1d": 0.29,  # of its initialisation, uniform within 1 / sqrt(4): smaller ones silence the layer
 }
 _OTHER = 0.0152
-_FLOAT32 = ("linear_attn.A_log", "linear_attn.norm.weight")  # as the published checkpoints store them
 
 
 class SyntheticCheckpoint(Checkpoint):
-    def __init__(self, config: ModelConfig, seed: int = 0) -> None:
+    """`tower` gives a model the vision tower that its size does not tell; only `stored()` lists it."""
+
+    def __init__(self, config: ModelConfig, seed: int = 0, tower: VisionTower | None = None) -> None:
         super().__init__(config, {"kind": "synthetic", "seed": seed}, {})
         self.seed = seed
+        self._stored = stored_tensors(config, tower)
 
     def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
-        count, *rest = self.spec(name).shape
+        return self._rows(name, self.spec(name).shape, text_dtype(name), start, stop)
+
+    def stored(self) -> tuple[Stored, ...]:
+        return self._stored
+
+    def stored_rows(self, tensor: Stored, start: int, stop: int) -> torch.Tensor:
+        name = tensor.short if tensor.part == "text" else tensor.name
+        return self._rows(name, tensor.shape, tensor.dtype, start, stop)
+
+    def _rows(self, name: str, shape: tuple[int, ...], stored: str, start: int, stop: int) -> torch.Tensor:
+        count, *rest = shape
         stop = min(stop, count)
-        dtype = torch.float32 if name.endswith(_FLOAT32) else torch.bfloat16
+        dtype = torch.float32 if stored == "F32" else torch.bfloat16
         out = torch.empty((max(stop - start, 0), *rest), dtype=dtype)
 
         def draw(block: int) -> None:
@@ -55,7 +68,7 @@ class SyntheticCheckpoint(Checkpoint):
         return out
 
     def exact_bf16(self, name: str) -> bool:
-        return not name.endswith(_FLOAT32)
+        return text_dtype(name) == "BF16"
 
     def _draw(self, name: str, block: int, shape: tuple[int, ...]) -> torch.Tensor:
         digest = blake2b(f"{self.seed}/{name}/{block}".encode(), digest_size=8).digest()
