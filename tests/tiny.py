@@ -110,6 +110,8 @@ def write_dense_artefact(
         "weights": {"kind": "random"},
         "params": list(weights),
         **describe(config, layout, "cpu", dtype, batch, context),
+        "prefill_chunk": 96,  # so small that short prompts come in several
+        "score_chunk": 48,
     }
     (folder / "tvm_sparse.json").write_text(json.dumps(facts))
     return folder
