@@ -5,8 +5,10 @@ from __future__ import annotations
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
+import time
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -194,6 +196,30 @@ def test_bad_checkpoints_are_refused_and_leave_nothing(damage, tmp_path):
     assert "\n" not in str(refused.value) and not out.exists()
     if damage in ("wrong shape", "missing tensor", "nan"):
         assert "layers.0.mlp.up_proj.weight" in str(refused.value)
+
+
+@pytest.mark.parametrize("ending", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupted_build_keeps_what_is_done_and_goes_on(ending, tmp_path):
+    """Packing is stopped in the middle; the same command, run again, packs the rest and no more."""
+    out = tmp_path / "out"
+    words = ["--model", "qwen3.5-0.8b", "--sparsity", "0.5", "--weights", "synthetic", "--target", "cpu"]
+    command = [sys.executable, "-m", "tvm_sparse.build", *words, "--out", str(out)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    journal = out / "params.journal"
+    while process.poll() is None and not (journal.exists() and len(journal.read_text().splitlines()) > 8):
+        time.sleep(0.05)
+    process.send_signal(ending)
+    _, message = process.communicate()
+    assert process.returncode == 3 and "run the same command again" in message
+    kept = journal.read_text().splitlines()
+    assert not list(out.glob("*.partial")) and not (out / "tvm_sparse.json").exists()
+
+    taken_over = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("tvm_sparse.packing._pack_param", lambda writer, *_: taken_over.extend(writer.done) or 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            build(parse_build([*words, "--out", str(out)]))
+    assert len(taken_over) >= len(kept) - 2  # a line of the journal is the fingerprint, one the finished file
 
 
 def test_a_folder_with_other_things_is_not_written_to(tmp_path):

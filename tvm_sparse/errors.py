@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import signal
 import sys
 from collections.abc import Callable, Sequence
 
@@ -22,8 +23,12 @@ class Stopped(Exception):
 
 
 def run_command(main: Callable[[Sequence[str]], None], argv: Sequence[str] | None = None) -> int:
-    """Runs one command line and turns its end into an exit status; a bug keeps its traceback."""
+    """Runs one command line and turns its end into an exit status; a bug keeps its traceback.
+
+    SIGTERM ends it as Ctrl-C does: finished work is kept, temporary files go.
+    """
     try:
+        signal.signal(signal.SIGTERM, signal.default_int_handler)
         main(sys.argv[1:] if argv is None else argv)
     except (Refusal, Stopped) as end:
         print(f"tvm_sparse: {end}", file=sys.stderr)
