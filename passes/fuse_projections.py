@@ -131,7 +131,8 @@ class _Fuser(relax.PyExprMutator):
             fused = key[0]
             x = self.visit_expr(linear.x)
             transposed = self.builder_.emit(relax.op.permute_dims(self.weights[fused]))
-            out_dtype = None if linear.out_dtype == str(x.ty.dtype) else linear.out_dtype
+            plain = linear.out_dtype == str(x.ty.dtype) == str(transposed.ty.dtype)  # else matmul must be told
+            out_dtype = None if plain else linear.out_dtype
             whole = self.builder_.emit(relax.op.matmul(x, transposed, out_dtype=out_dtype))
             ends = [sum(self.rows[fused][: i + 1]) for i in range(len(self.rows[fused]) - 1)]
             parts = self.builder_.emit(relax.op.split(whole, ends, axis=-1))
