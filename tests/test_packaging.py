@@ -25,7 +25,7 @@ ORDER = (
     ("tvm_sparse.models",),
     ("tvm_sparse.codegen",),
     ("tvm_sparse.library", "tvm_sparse.report"),
-    ("tvm_sparse.build", "tvm_sparse.evaluate", "tvm_sparse.tune"),
+    ("tvm_sparse.build", "tvm_sparse.evaluate", "tvm_sparse.prune", "tvm_sparse.tune"),
     ("tvm_sparse.bench",),
 )
 

@@ -13,7 +13,8 @@ from tvm_sparse.errors import Refusal
 from tvm_sparse.pruning import Pattern, parse_pattern
 from tvm_sparse.targets import Machine, parse_targets
 
-PRUNERS = ("magnitude", "none")
+PRUNERS = ("magnitude", "wanda", "sparsegpt", "admm", "none")
+CALIBRATED = ("wanda", "sparsegpt", "admm")  # by tvm_sparse.prune, which makes a checkpoint
 DEFAULT_CONTEXT = 4096
 DTYPES = ("bfloat16", "float32")
 
@@ -67,6 +68,11 @@ def parse_build(argv: Sequence[str]) -> BuildConfig:
     add("--out", type=Path, help="the artefact (default dist/MODEL-sSPARSITY-TARGET)")
     args = parser.parse_args(argv)
 
+    if args.prune in CALIBRATED:
+        raise Refusal(
+            f"--prune {args.prune} calibrates on a text: run python -m tvm_sparse.prune --model {args.model} "
+            f"--sparsity {args.sparsity or 0.75:g} --prune {args.prune} --text FILE --out DIR, then build --model DIR --prune none"
+        )
     if args.sparsity is None and args.prune != "none":
         raise Refusal("--sparsity is missing: give the share of zeros, or --prune none for a sparse checkpoint")
     if args.sparsity is not None and args.prune == "none":

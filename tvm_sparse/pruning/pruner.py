@@ -101,14 +101,14 @@ class Pruner:
         starts = range(0, shape[0], step)
         for index in range(rule.scans if rule else 0):
             for start in starts:
-                _, magnitude = _bits(read(start, min(start + step, shape[0])))
-                _require_finite(name, magnitude)
+                _, magnitude = split_bits(read(start, min(start + step, shape[0])))
+                require_finite(name, magnitude)
                 rule.scan(index, start, magnitude)  # type: ignore[union-attr]
         for start in starts:
             block = read(start, min(start + step, shape[0]))
-            bits, magnitude = _bits(block)
+            bits, magnitude = split_bits(block)
             if not (rule and rule.scans):
-                _require_finite(name, magnitude)
+                require_finite(name, magnitude)
             negative = int(bits.count_nonzero() - magnitude.count_nonzero())
             if negative:
                 bits.masked_fill_(magnitude == 0, 0)
@@ -133,7 +133,7 @@ class Pruner:
         return MatrixThreshold(round_half_up(share * shape[0] * shape[1]), dtype)
 
 
-def _bits(block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+def split_bits(block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     """A block's bits (a view) and its magnitudes (bits without sign), as int16 or int32."""
     if block.dtype == torch.bfloat16:
         bits = block.view(torch.int16)
@@ -144,7 +144,7 @@ def _bits(block: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     raise ValueError(f"weights are {block.dtype}: pruning takes bfloat16 or float32")
 
 
-def _require_finite(name: str, magnitude: torch.Tensor) -> None:
+def require_finite(name: str, magnitude: torch.Tensor) -> None:
     infinity = 0x7F80 if magnitude.dtype == torch.int16 else 0x7F80_0000
     if magnitude.numel() and int(magnitude.max()) >= infinity:
         raise Refusal(f"tensor {name} holds NaN or infinity: repair the checkpoint, or give another one")
