@@ -1,7 +1,7 @@
 """FuseProjections: projections of one input become one matmul with their weights stacked along the rows.
 
-    concat(x @ w1^T, x @ w2^T)   ->   x @ w^T                        w = w1 over w2
-    x @ w1^T ... x @ w2^T        ->   split(x @ w^T)
+concat(x @ w1^T, x @ w2^T)   ->   x @ w^T                        w = w1 over w2
+x @ w1^T ... x @ w2^T        ->   split(x @ w^T)
 """
 
 from __future__ import annotations

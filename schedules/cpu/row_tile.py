@@ -10,8 +10,8 @@ at the end: results depend neither on other tokens' values nor on the number of 
           columns   `unroll` blocks of 32 at a time
 
 One token is bound by memory: a single row with several accumulators reads its values as one stream, which together with
-prefetching is twice as fast as several rows side by side. Eight tokens are bound by arithmetic and by x: there
-rows x tokens fill the registers.
+prefetching is twice as fast as several rows side by side. Several tokens are bound by arithmetic: there
+rows x tokens fill the registers, and the weights of a chunk come from the second-level cache for every further tile.
 """
 
 from __future__ import annotations
@@ -64,11 +64,11 @@ def space(spec: KernelSpec) -> tuple[Decision, ...]:
     wide = spec.arch == "avx512"
     tokens = 1 if spec.m == 1 else min(8, 1 << (spec.m - 1).bit_length()) if spec.m else 8
     return (
-        Decision("tokens", tuple(t for t in (1, 2, 4, 8) if t <= tokens), min(tokens, 8 if wide else 4)),
-        Decision("rows", (1, 2, 3, 4, 6, 8), 1 if spec.m == 1 else 4 if wide else 2),
+        Decision("tokens", tuple(t for t in (1, 2, 4, 8) if t <= tokens), min(tokens, 4)),
+        Decision("rows", (1, 2, 3, 4, 6, 8), 1 if spec.m == 1 else 4),
         Decision("unroll", (1, 2, 4, 8), 8 if spec.m == 1 else 1),
-        Decision("accumulators", (8, 16, 24), 24 if wide else 8),
-        Decision("chunk", (16, 32, 64, 128), 32),
+        Decision("accumulators", (8, 16, 24), 16 if wide else 8),
+        Decision("chunk", (16, 32, 64), 32),
         Decision("prefetch", (0, 4, 8, 16, 32), 16),
     )
 
@@ -77,21 +77,14 @@ def build(spec: KernelSpec, decisions: Mapping[str, int], rows_type: type) -> ti
     """The kernel of `spec` with the format's `rows_type(isa, buffers, count, spec, prefetch)`."""
     isa = ISAS[spec.arch]
     m = tirx.Var("m", "int64") if spec.m is None else spec.m
-    chunk = decisions["chunk"]
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name("main")
         x, buffers, y = arguments(spec, m)
-        with T.attr(T.int32(0), "pragma_import_llvm", isa.llvm), T.parallel(0, -(-spec.n // chunk)) as c:
+        with T.attr(T.int32(0), "pragma_import_llvm", isa.llvm), T.parallel(0, -(-spec.n // decisions["chunk"])) as c:
             for width, first, count in token_tiles(m, decisions["tokens"]):
-                rows = max(1, min(decisions["rows"], decisions["accumulators"] // width))
-                unroll = max(1, min(decisions["unroll"], decisions["accumulators"] // (rows * width)))
-                with T.serial(0, count) as tile, T.serial(0, -(-chunk // rows)) as group:
-                    last = tirx.min(c * chunk + chunk, spec.n) - 1
-                    # A tile that reaches past the chunk computes the chunk's last row again.
-                    at = [tirx.min(c * chunk + group * rows + r, last) for r in range(rows)]
+                with T.serial(0, count) as tile:
                     tokens = [first + tile * width + t for t in range(width)]
-                    streams = rows_type(isa, buffers, rows, spec, decisions["prefetch"])
-                    _tile(isa, spec, streams, x, y, at, tokens, unroll)
+                    _Tile(isa, spec, decisions, rows_type, buffers, x, y, c, tokens).emit()
     return builder.get()
 
 
@@ -106,60 +99,81 @@ def token_tiles(m, most: int):
         width //= 2
 
 
-def _tile(isa: Isa, spec: KernelSpec, streams: Rows, x, y, rows: list, tokens: list, unroll: int) -> None:
-    count, width = len(rows), len(tokens)
-    accs = T.alloc_buffer((count * width * unroll,), isa.acc, scope="local")
-    weights = T.alloc_buffer((count,), isa.vector, scope="local")
-    for r in range(count):
-        streams.start(r, rows[r])
-    for i in range(count * width * unroll):
-        T.buffer_store(accs, isa.zero(), [i])
+class _Tile:
+    """Emits one chunk of rows against one tile of tokens."""
 
-    def block(i, u: int) -> None:
-        for r in range(count):
+    def __init__(self, isa: Isa, spec: KernelSpec, decisions: Mapping[str, int], rows_type, buffers, x, y, c, tokens):
+        self.isa, self.spec, self.x, self.y, self.tokens = isa, spec, x, y, tokens
+        width, chunk, most = len(tokens), decisions["chunk"], decisions["accumulators"]
+        self.width, self.count = width, max(1, min(decisions["rows"], most // width))
+        self.blocks = spec.k // BLOCK
+        self.unroll = max(1, min(decisions["unroll"], most // (self.count * width)))
+        self.first, self.chunk = c * chunk, chunk
+        self.here = tirx.min(spec.n - c * chunk, chunk)
+        self.groups = (self.here + self.count - 1) // self.count
+        self.streams: Rows = rows_type(isa, buffers, self.count, spec, decisions["prefetch"])
+        self.accs = T.alloc_buffer((self.count * width * self.unroll,), isa.acc, scope="local")
+        self.weights = T.alloc_buffer((self.count,), isa.vector, scope="local")
+        self.sums = T.alloc_buffer((self.count * width,), "float32", scope="local")
+
+    def emit(self) -> None:
+        with T.serial(0, self.groups) as group:
+            rows = self._rows(group)
+            for r, row in enumerate(rows):
+                self.streams.start(r, self.first + row)
+            for a in range(self.count * self.width * self.unroll):
+                T.buffer_store(self.accs, self.isa.zero(), [a])
+            with T.serial(0, self.blocks // self.unroll) as i:
+                for u in range(self.unroll):
+                    self._block(i * self.unroll + u, u)
+            for u in range(self.blocks % self.unroll):
+                self._block(T.int32(self.blocks // self.unroll * self.unroll + u), u)
+            self._finish(rows)
+
+    def _rows(self, group) -> list:
+        """The group's rows in the chunk; one past the end computes the chunk's last row again."""
+        return [tirx.min(group * self.count + r, self.here - 1) for r in range(self.count)]
+
+    def _block(self, i, u: int) -> None:
+        """Columns 32 i and following, into accumulator u of each row and token."""
+        isa, streams = self.isa, self.streams
+        for r in range(self.count):
             streams.prefetch(r, i, u)
             streams.block(r, i)
         for step in range(BLOCK // isa.lanes):
-            for r in range(count):
-                T.buffer_store(weights, streams.vector(r, i, step), [r])
-                for t, token in enumerate(tokens):
-                    place = T.address_of(x[token, i * BLOCK + step * isa.lanes])
-                    a = (r * width + t) * unroll + u
-                    T.buffer_store(accs, isa.dot(spec.x_dtype, accs[a], weights[r], place), [a])
-        for r in range(count):
+            for r in range(self.count):
+                T.buffer_store(self.weights, streams.vector(r, i, step), [r])
+                for t, token in enumerate(self.tokens):
+                    place = T.address_of(self.x[token, i * BLOCK + step * isa.lanes])
+                    a = (r * self.width + t) * self.unroll + u
+                    T.buffer_store(self.accs, isa.dot(self.spec.x_dtype, self.accs[a], self.weights[r], place), [a])
+        for r in range(self.count):
             streams.advance(r, i)
 
-    blocks = spec.k // BLOCK
-    with T.serial(0, blocks // unroll) as i:
-        for u in range(unroll):
-            block(i * unroll + u, u)
-    for u in range(blocks % unroll):
-        block(T.int32(blocks // unroll * unroll + u), u)
+    def _finish(self, rows: list) -> None:
+        """Adds the accumulators up, then the last K mod 32 columns, and stores y."""
+        for a in range(self.count * self.width):
+            total = self.accs[a * self.unroll]
+            for u in range(1, self.unroll):
+                total = total + self.accs[a * self.unroll + u]
+            T.buffer_store(self.sums, self.isa.sum(total), [a])
+        self._tail()
+        for r, row in enumerate(rows):
+            for t, token in enumerate(self.tokens):
+                value = T.cast(self.sums[r * self.width + t], self.spec.out_dtype)
+                T.buffer_store(self.y, value, [token, self.first + row])
 
-    sums = T.alloc_buffer((count * width,), "float32", scope="local")
-    for a in range(count * width):
-        total = accs[a * unroll]
-        for u in range(1, unroll):
-            total = total + accs[a * unroll + u]
-        T.buffer_store(sums, isa.sum(total), [a])
-    _tail(spec, streams, x, sums, count, tokens)
-    for r, row in enumerate(rows):
-        for t, token in enumerate(tokens):
-            T.buffer_store(y, T.cast(sums[r * width + t], spec.out_dtype), [token, row])
-
-
-def _tail(spec: KernelSpec, streams: Rows, x, sums, count: int, tokens: list) -> None:
-    """The last K mod 32 columns, one by one: no vector may read past the end of x."""
-    whole = spec.k // BLOCK
-    if spec.k % BLOCK == 0:
-        return
-    for r in range(count):
-        streams.block(r, whole)
-        with T.serial(0, spec.k % BLOCK) as j:
-            stored, weight = streams.scalar(r, whole, j)
-            with T.If(stored), T.Then():
-                for t, token in enumerate(tokens):
-                    a = r * len(tokens) + t
-                    product = weight * T.cast(x[token, whole * BLOCK + j], "float32")
-                    T.buffer_store(sums, sums[a] + product, [a])
-                streams.advance_scalar(r)
+    def _tail(self) -> None:
+        """One by one: no vector may read past the end of x."""
+        if self.spec.k % BLOCK == 0:
+            return
+        for r in range(self.count):
+            self.streams.block(r, self.blocks)
+            with T.serial(0, self.spec.k % BLOCK) as j:
+                stored, weight = self.streams.scalar(r, self.blocks, j)
+                with T.If(stored), T.Then():
+                    for t, token in enumerate(self.tokens):
+                        a = r * self.width + t
+                        product = weight * T.cast(self.x[token, self.blocks * BLOCK + j], "float32")
+                        T.buffer_store(self.sums, self.sums[a] + product, [a])
+                    self.streams.advance_scalar(r)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -46,6 +47,10 @@ class CpuKernel:
 
 
 def set_threads(count: int) -> None:
-    """Threads of torch and of TVM's runtime from here on."""
+    """Threads of torch and of TVM's runtime from here on.
+
+    TVM's pool would bind this thread to one core, and torch's threads, its children, with it: it is told not to.
+    """
+    os.environ["TVM_BIND_THREADS"] = "0"
     torch.set_num_threads(count)
     tvm_ffi.get_global_func("runtime.config_threadpool")(1, count)

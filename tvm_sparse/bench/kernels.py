@@ -166,7 +166,8 @@ def check(kernel: CpuKernel, packed: Packed, x: torch.Tensor, weight: torch.Tens
 
 
 def _ours(kernel: CpuKernel, packed: Packed, x: torch.Tensor, total: int) -> Contender:
-    copies = [{name: t.clone() for name, t in packed.buffers.items()} for _ in range(max(1, ceil(total / packed.nbytes)))]
+    count = max(1, ceil(total / packed.nbytes))
+    copies = [{name: t.clone() for name, t in packed.buffers.items()} for _ in range(count)]
     return Contender("ours", packed.nbytes, [kernel.bind(x, copy) for copy in copies])
 
 

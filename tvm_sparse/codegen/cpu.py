@@ -31,9 +31,9 @@ _STACK_BYTES = 16 << 10
 
 
 def cpu_target(isa: str) -> tvm.target.Target:
-    """The LLVM target of one of CPU_ISAS."""
+    """The LLVM target of one of CPU_ISAS, or "aarch64"."""
     known = ISAS[isa]
-    facts: dict = {"kind": "llvm", "mtriple": "x86_64-unknown-linux-gnu", "mcpu": known.mcpu}
+    facts: dict = {"kind": "llvm", "mtriple": known.triple, "mcpu": known.mcpu}
     if known.features:
         facts["mattr"] = list(known.features)
     return tvm.target.Target(facts)
