@@ -11,6 +11,7 @@ import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from math import ceil, exp, log
 
 import torch
@@ -173,7 +174,7 @@ def _ours(kernel: CpuKernel, packed: Packed, x: torch.Tensor, total: int) -> Con
 
 def _torch(name: str, x: torch.Tensor, weight: torch.Tensor, total: int) -> Contender:
     copies = [weight.clone() for _ in range(max(1, ceil(total / weight.nbytes)))]
-    return Contender(name, weight.nbytes, [lambda w=w: torch.nn.functional.linear(x, w) for w in copies])
+    return Contender(name, weight.nbytes, [partial(torch.nn.functional.linear, x, copy) for copy in copies])
 
 
 def geometric_means(rows: Sequence[Row]) -> list[Row]:
