@@ -34,6 +34,7 @@ setup(
         "tvm_sparse.codegen",
         "tvm_sparse.engine",
         "tvm_sparse.formats",
+        "tvm_sparse.measure",
         "tvm_sparse.models",
         "tvm_sparse.passes",
         "tvm_sparse.pruning",

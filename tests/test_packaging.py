@@ -19,7 +19,7 @@ ORDER = (
     ("tvm_sparse.formats",),
     ("tvm_sparse.plan",),
     ("tvm_sparse.artefact",),
-    ("tvm_sparse.packing",),
+    ("tvm_sparse.packing", "tvm_sparse.measure"),
     ("tvm_sparse.schedules",),
     ("tvm_sparse.passes",),
     ("tvm_sparse.models",),

@@ -16,7 +16,7 @@ TEXT = "model.language_model."
 
 @dataclass(frozen=True)
 class Stored:
-    """One tensor as stored. `part` is "text", "MTP" or "vision", `short` the name without its prefix, `dtype` BF16..."""
+    """One tensor as stored. `part` is "text", "MTP" or "vision"; `short` is the name without its prefix."""
 
     name: str
     part: str

@@ -1,0 +1,1 @@
+"""Know the weights before compiling them: magnitudes, achievable sparsity, zero blocks, layer similarity."""
