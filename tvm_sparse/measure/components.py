@@ -23,13 +23,14 @@ _MODULES = {
     "conv1d": "DeltaNet conv, decay",
     "A_log": "DeltaNet conv, decay",
     "dt_bias": "DeltaNet conv, decay",
+    "fc": "MTP fc",
     "embed_tokens": "embedding",
     "lm_head": "head",
 }
 CLASSIC = ("down_proj", "gate_proj", "up_proj", "q_proj", "k_proj", "v_proj", "o_proj")
-COMPONENTS = (*dict.fromkeys(_MODULES.values()), "MTP fc", "vision", "norms and positions")
 NOT_COUNTED = ("embedding", "head", "norms and positions")
 """Left out of "in all": what is looked up or adds a bias is never pruned, and the head only on request."""
+COMPONENTS = (*(name for name in dict.fromkeys(_MODULES.values()) if name not in NOT_COUNTED), "vision", *NOT_COUNTED)
 
 
 def component(tensor: Stored) -> str:
@@ -38,8 +39,7 @@ def component(tensor: Stored) -> str:
         return "norms and positions"
     if tensor.part == "vision":
         return "vision"
-    module = tensor.short.removesuffix(".weight").rpartition(".")[2]
-    return "MTP fc" if module == "fc" else _MODULES[module]
+    return _MODULES[tensor.short.removesuffix(".weight").rpartition(".")[2]]
 
 
 def counted(tensor: Stored) -> bool:

@@ -11,7 +11,7 @@ import numpy as np
 
 from tvm_sparse.checkpoint import Stored
 from tvm_sparse.measure.components import component
-from tvm_sparse.measure.magnitudes import Cut, Magnitudes
+from tvm_sparse.measure.magnitudes import Cut, Magnitudes, share_below
 from tvm_sparse.measure.zero_units import Maxima, Units
 
 CURVE = tuple(round(0.05 * i, 2) for i in range(1, 20))
@@ -27,7 +27,7 @@ class Asked:
 
 @dataclass(frozen=True)
 class Measured:
-    """One tensor. `survivors` counts the non-zeros that a sparsity leaves by exponent field."""
+    """One tensor. `survivors[i]` counts the non-zeros that sparsity i leaves, by exponent field."""
 
     tensor: Stored
     figures: dict[str, Any]
@@ -45,24 +45,24 @@ def measured(tensor: Stored, magnitudes: Magnitudes, maxima: Maxima | None, aske
     shape = (tensor.shape[0], prod(tensor.shape[1:]))
     return Measured(
         tensor=tensor,
-        figures=figures(magnitudes, asked),
+        figures=figures(magnitudes, magnitudes.normal(), asked),
         cuts=cuts,
         units=tuple(maxima.units(cut, shape) if maxima else {} for cut in cuts),
         survivors=tuple(magnitudes.exponents(cut.last) for cut in cuts),
     )
 
 
-def figures(magnitudes: Magnitudes, asked: Asked) -> dict[str, Any]:
-    """Everything that follows from the histogram alone; JSON."""
+def figures(magnitudes: Magnitudes, normal: np.ndarray, asked: Asked) -> dict[str, Any]:
+    """Everything that follows from the histogram alone, and `normal`, the running count it is held against; JSON."""
     exponents = magnitudes.exponents()
     return {
         "weights": magnitudes.total,
         "zeros": magnitudes.zeros,
         "rms": magnitudes.rms,
         "excess_kurtosis": magnitudes.excess_kurtosis,
-        "distance_from_normal": magnitudes.distance_from_normal,
+        "distance_from_normal": magnitudes.distance(normal),
         "below": {f"{t:g}": magnitudes.below(t) for t in asked.thresholds},
-        "normal_below": {f"{t:g}": magnitudes.normal_below(t) for t in asked.thresholds},
+        "normal_below": {f"{t:g}": share_below(normal, t) for t in asked.thresholds},
         "exponents": {str(e - 127): int(exponents[e]) for e in np.flatnonzero(exponents)},
         "exponent_entropy": magnitudes.exponent_entropy,
         "error_curve": [[s, magnitudes.cut(s).error] for s in CURVE],
@@ -71,11 +71,16 @@ def figures(magnitudes: Magnitudes, asked: Asked) -> dict[str, Any]:
 
 @dataclass
 class Pool:
-    """Tensors taken together. `dropped` is the energy lost at each sparsity where every tensor is cut by itself."""
+    """Tensors taken together.
+
+    `dropped` is the energy lost at each sparsity where every tensor is cut by itself, `normal` the running count of
+    normal distributions, one for each tensor: tensors of different deviation are no single one.
+    """
 
     asked: Asked
     tensors: int = 0
     magnitudes: Magnitudes | None = None
+    normal: np.ndarray | None = None
     units: list[dict[str, Units]] = field(default_factory=list)
     dropped: list[float] = field(default_factory=list)
 
@@ -83,6 +88,8 @@ class Pool:
         energy = magnitudes.total * magnitudes.rms**2
         self.tensors += 1
         self.magnitudes = self.magnitudes + magnitudes if self.magnitudes else magnitudes
+        normal = magnitudes.normal()
+        self.normal = normal if self.normal is None else self.normal + normal
         self.units = self.units or [{} for _ in one.cuts]
         self.dropped = self.dropped or [0.0] * len(one.cuts)
         for i, cut in enumerate(one.cuts):
@@ -94,6 +101,8 @@ class Pool:
         if not self.magnitudes or not other.magnitudes:
             return self if self.magnitudes else other
         joined = Pool(self.asked, self.tensors + other.tensors, self.magnitudes + other.magnitudes)
+        assert self.normal is not None and other.normal is not None
+        joined.normal = self.normal + other.normal
         joined.dropped = [a + b for a, b in zip(self.dropped, other.dropped, strict=True)]
         for a, b in zip(self.units, other.units, strict=True):
             joined.units.append({kind: _sum(a.get(kind), b.get(kind)) for kind in {**a, **b}})
@@ -101,7 +110,7 @@ class Pool:
 
     def to_json(self) -> dict[str, Any]:
         """The figures of the joined histogram (one threshold for all), and `error_each` of a threshold per tensor."""
-        assert self.magnitudes is not None
+        assert self.magnitudes is not None and self.normal is not None
         cuts = tuple(self.magnitudes.cut(sparsity) for sparsity in self.asked.sparsities)
         at = _at(cuts, tuple(self.units))
         energy = self.magnitudes.total * self.magnitudes.rms**2
@@ -110,8 +119,8 @@ class Pool:
         rms = self.magnitudes.rms
         return {
             "tensors": self.tensors,
-            **figures(self.magnitudes, self.asked),
-            "density": self.magnitudes.density(4 * rms) if rms else [],
+            **figures(self.magnitudes, self.normal, self.asked),
+            "density": self.magnitudes.density(4 * rms, self.normal) if rms else [],
             "at": at,
         }
 

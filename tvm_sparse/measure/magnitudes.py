@@ -66,19 +66,15 @@ class Magnitudes:
 
     def below(self, threshold: float) -> float:
         """Share of weights with |w| < threshold."""
-        index = int(np.searchsorted(VALUES, threshold, "left"))
-        return float(self._running[index - 1] / self.total) if index and self.total else 0.0
+        return share_below(self._running, threshold)
 
-    def normal_below(self, threshold: float) -> float:
-        """The same share of a normal distribution around zero with this root mean square."""
-        return float(half_normal(np.array([threshold / self.rms]))[0]) if self.rms else 1.0
+    def normal(self) -> np.ndarray:
+        """What the running count [0x7F80] would be for a normal distribution around zero with this root mean square."""
+        return self.total * (half_normal(_EDGES / self.rms) if self.rms else np.ones(FINITE))
 
-    @property
-    def distance_from_normal(self) -> float:
-        """Kolmogorov-Smirnov: the largest gap, over all magnitudes, between the shares under them and the normal's."""
-        if not self.rms:
-            return 1.0
-        return float(np.abs(self._running / self.total - half_normal(_EDGES / self.rms)).max())
+    def distance(self, normal: np.ndarray) -> float:
+        """Kolmogorov-Smirnov: the largest gap, over all magnitudes, between the share under them and `normal`'s."""
+        return float(np.abs(self._running - normal).max() / self.total) if self.total else 0.0
 
     def cut(self, sparsity: float) -> Cut:
         """Exactly round(sparsity * total) zeros, the smallest first, as `Pruner("magnitude")` makes them."""
@@ -111,8 +107,8 @@ class Magnitudes:
         share = counts[counts > 0] / max(1, counts.sum())
         return float(-(share * np.log2(share)).sum())
 
-    def density(self, limit: float, parts: int = 16) -> list[tuple[float, float, float]]:
-        """(from, to, density of |w|) up to `limit`, in `parts` steps a binade: aligned to bfloat16's own grid."""
+    def density(self, limit: float, normal: np.ndarray, parts: int = 16) -> list[tuple[float, float, float, float]]:
+        """(from, to, density of |w|, density of `normal`) up to `limit`, `parts` steps a binade on bfloat16's grid."""
         step = 128 // parts
         edges = VALUES[::step]
         found = []
@@ -121,9 +117,16 @@ class Magnitudes:
         for i, j in bars:
             width = edges[j] - edges[i]
             if width > 0:
-                count = int(self.counts[i * step : j * step].sum())
-                found.append((float(edges[i]), float(edges[j]), count / self.total / width))
+                inside = [run[j * step - 1] - (run[i * step - 1] if i else 0) for run in (self._running, normal)]
+                bar = [float(count / self.total / width) for count in inside]
+                found.append((float(edges[i]), float(edges[j]), bar[0], bar[1]))
         return found
+
+
+def share_below(running: np.ndarray, threshold: float) -> float:
+    """Of a running count over patterns, the share with |w| < threshold."""
+    index = int(np.searchsorted(VALUES, threshold, "left"))
+    return float(running[index - 1] / running[-1]) if index and running[-1] else 0.0
 
 
 def count(block: torch.Tensor) -> torch.Tensor:

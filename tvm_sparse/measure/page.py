@@ -27,7 +27,8 @@ p { max-width: 74ch; margin: 6px 0 14px } .soft, figcaption span, .note { color:
 .grid { display: grid; grid-template-columns: repeat(auto-fill, minmax(240px, 1fr)); gap: 14px }
 figure { margin: 0; background: var(--card); border: 1px solid var(--rule); border-radius: 8px; padding: 10px 12px }
 figure.wide { max-width: 760px } figcaption { font-size: 13px } figcaption span { display: block; font-size: 12px }
-table { border-collapse: collapse; font-size: 13px; font-variant-numeric: tabular-nums; background: var(--card) }
+table { border-collapse: collapse; width: 100%; font-size: 13px; background: var(--card);
+        font-variant-numeric: tabular-nums }
 .scroll { overflow-x: auto; border: 1px solid var(--rule); border-radius: 8px; margin: 10px 0 }
 th, td { padding: 5px 11px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--rule) }
 th { color: var(--soft); font-weight: 600 } td:first-child, th:first-child { text-align: left }
@@ -78,10 +79,10 @@ def _top(report: dict[str, Any]) -> list[str]:
         (f"{everything['weights'] / 1e9:.3f} billion" if everything["weights"] > 1e9 else f"{everything['weights']:,}",
          "weights counted"),
         (f"{everything['rms']:.4f}", "root mean square"),
-        (f"{100 * everything['zeros'] / everything['weights']:.3g} %", "exactly zero"),
+        (tables.exact_zeros(everything), "exactly zero"),
         (f"{everything['distance_from_normal']:.4f}", "distance from normal, 0 to 1"),
     ]  # fmt: skip
-    tiles += [(tables.percent(at["error_each"]), f"error at {tables.percent(at['sparsity'])} sparsity")
+    tiles += [(tables.percent(at["error_each"]), f"error at {tables.label(at['sparsity'])} sparsity")
               for at in everything["at"] if at["sparsity"] in (0.5, 0.75)]  # fmt: skip
     synthetic = "path" not in report["weights"] and "id" not in report["weights"]
     return [
@@ -98,15 +99,16 @@ def _magnitudes(report: dict[str, Any]) -> list[str]:
         "<h2>Magnitudes</h2><p>The share of weights under each threshold, by component. ",
         "“other” is everything that is counted and has none of the seven names; it is split below the line.</p>",
         _table(tables.magnitude_rows(report)),
-        "<p class=note>From normal: Kolmogorov-Smirnov, the largest gap between the share of weights under any ",
-        "magnitude and that of a normal distribution with the same root mean square. Exponent bits: entropy.</p>",
+        "<p class=note>From normal: Kolmogorov-Smirnov, the largest gap, over all magnitudes, between the share of ",
+        "weights under one and that of normal distributions, one for each tensor with its root mean square. ",
+        "They are the dashed lines below. Exponent bits: entropy.</p>",
         f'<div class="grid">{"".join(shown)}</div>',
     ]
 
 
 def _sparsity(report: dict[str, Any]) -> list[str]:
     return [
-        "<h2>Sparsity against error</h2><p>What magnitude pruning drops of a matrix: the Frobenius norm of the dropped ",
+        "<h2>Sparsity against error</h2><p>What magnitude pruning drops of a matrix: the Frobenius norm of dropped ",
         "weights over that of all. It ranks matrices and thresholds; what a model loses, only its perplexity says.</p>",
         plots.error_curves(report["by_name"]),
         _table(tables.sparsity_rows(report)),
@@ -135,7 +137,7 @@ def _expected(report: dict[str, Any]) -> list[str]:
     return [
         "<h2>Bytes and speed-up to expect</h2><p>From the plan's cost model, one token at a time, all projections ",
         "together; nothing is run here. “plan” takes the fastest format for each matrix.</p>",
-        f'<div class="grid">{plots.speedups(report)}</div>',
+        plots.speedups(report),
         _table(tables.expected_rows(report)),
     ]
 

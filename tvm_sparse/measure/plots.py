@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from html import escape
-from math import exp, pi, sqrt
+from math import erf, exp, pi, sqrt
 from typing import Any
 
 from tvm_sparse.measure.svg import Frame, bars, heat_map, line, plot
@@ -12,11 +12,11 @@ COLOURS = ("#3b6fd4", "#d9822b", "#2f9e66", "#b8449a", "#c23b3b", "#1a9bb0", "#8
 
 
 def histogram(name: str, facts: dict[str, Any]) -> str:
-    """|w| as a density in units of the rms, with a normal distribution's over it."""
+    """|w| as a density in units of the rms, with that of normal distributions, one for each tensor, over it."""
     rms = facts["rms"]
-    steps = [(start / rms, stop / rms, height * rms) for start, stop, height in facts["density"]]
+    steps = [(start / rms, stop / rms, height * rms) for start, stop, height, _ in facts["density"]]
+    normal = [((start + stop) / 2 / rms, height * rms) for start, stop, _, height in facts["density"]]
     frame = Frame((0, 4), (0, 1.2), 250, 150, left=30)
-    normal = [(x / 20, sqrt(2 / pi) * exp(-((x / 20) ** 2) / 2)) for x in range(81)]
     marks = [bars(frame, steps, "var(--bar)"), line(frame, normal, "var(--ink)", "normal", dashed=True)]
     caption = f"{escape(name)} <span>rms {rms:.4g}, from normal {facts['distance_from_normal']:.4f}</span>"
     return figure(plot(frame, marks, "|w| / rms", "", (4, 3)), caption)
@@ -58,7 +58,7 @@ def speedups(report: dict[str, Any]) -> str:
     """Expected speed-up of the plan over sparsity, a line for each machine, and 1 / (1 - sparsity)."""
     rows = [row for row in report["expected"] if row["format"] == "plan"]
     top = max([*(t["speedup"] for row in rows for t in row["targets"].values()), 2.0])
-    frame = Frame((0, 1), (0, -(-top // 1)), 420, 260)
+    frame = Frame((0, 1), (0, float(-(-top // 1))), 640, 300)
     marks, legend = [], []
     for colour, name in zip(COLOURS, rows[0]["targets"], strict=False):
         points = [(row["sparsity"], row["targets"][name]["speedup"]) for row in rows]
@@ -67,8 +67,8 @@ def speedups(report: dict[str, Any]) -> str:
     bound = [(i / 100, 1 / (1 - i / 100)) for i in range(100) if 1 / (1 - i / 100) <= frame.y[1]]
     marks.append(line(frame, bound, "var(--ink)", "1 / (1 - sparsity)", dashed=True))
     legend.append('<i class="dash"></i>1 / (1 - sparsity)')
-    drawn = plot(frame, marks, "sparsity", "times as fast as dense", (5, 5), "{:.0%}".format, "{:.3g}".format)
-    return figure(drawn, f'<div class="legend">{"".join(f"<b>{each}</b>" for each in legend)}</div>')
+    drawn = plot(frame, marks, "sparsity", "times as fast as dense", (5, int(frame.y[1])), "{:.0%}".format)
+    return figure(drawn, f'<div class="legend">{"".join(f"<b>{each}</b>" for each in legend)}</div>', "wide")
 
 
 def similarity(name: str, facts: dict[str, Any]) -> str:
@@ -88,8 +88,6 @@ def figure(drawn: str, caption: str, kind: str = "") -> str:
 
 def _normal_errors() -> list[tuple[float, float]]:
     """Sparsity and error of cutting a normal distribution at t deviations: sqrt(erf - t phi), in closed form."""
-    from math import erf
-
     points = []
     for i in range(81):
         t = i / 20

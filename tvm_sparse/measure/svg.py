@@ -22,7 +22,7 @@ class Frame:
     left: int = 46
     bottom: int = 34
     top: int = 10
-    right: int = 12
+    right: int = 18
 
     def at(self, x: float, y: float) -> tuple[float, float]:
         across = (x - self.x[0]) / (self.x[1] - self.x[0])

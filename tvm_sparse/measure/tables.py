@@ -8,8 +8,9 @@ from typing import Any
 
 Rows = list[list[str]]
 SMALL_IS_NOT_ZERO = (
-    "A small weight is not a zero: a normal distribution of the same deviation has {normal} under {t}, measured are "
-    "{share},\n  and {zeros} of all weights are exactly zero. Making {share} zero costs a relative error of {error}."
+    "A small weight is not a zero. Normal distributions, one for each tensor with its own deviation, would have\n"
+    "{normal} of their weights under {t}; measured are {share}. Exactly zero: {zeros}.\n"
+    "Making {share} zero costs a relative error of {error}."
 )
 PLURAL = {"row": "rows", "column": "columns", "4x4": "4x4 blocks", "16x16": "16x16 blocks"}
 
@@ -38,15 +39,25 @@ def heading(report: dict[str, Any]) -> str:
     )
 
 
+def exact_zeros(facts: dict[str, Any]) -> str:
+    """A share, or a number where the share would read as nothing."""
+    share = facts["zeros"] / facts["weights"]
+    return percent(share) if share >= 0.001 else f"{facts['zeros']:,}"
+
+
 def percent(share: float) -> str:
     return f"{100 * share:.1f} %"
+
+
+def label(sparsity: float) -> str:
+    return f"{100 * sparsity:g} %"
 
 
 def _magnitudes(report: dict[str, Any]) -> str:
     return (
         f"{columns(magnitude_rows(report))}\n"
-        "from normal: Kolmogorov-Smirnov distance of |w| from a normal distribution of the same rms, "
-        "0 to 1; exp. bits: entropy of the exponent"
+        "from normal: Kolmogorov-Smirnov distance of |w| from normal distributions, one for each tensor with its rms, "
+        "0 to 1\nexp. bits: entropy of the exponent"
     )
 
 
@@ -78,7 +89,7 @@ def small_is_not_zero(facts: dict[str, Any]) -> str:
         t=t,
         normal=percent(facts["normal_below"][t]),
         share=percent(share),
-        zeros=f"{100 * facts['zeros'] / facts['weights']:.3g} %",
+        zeros=exact_zeros(facts),
         error=percent(error_at(facts, share)),
     )
 
@@ -99,7 +110,7 @@ def _sparsities(report: dict[str, Any]) -> str:
 
 def sparsity_rows(report: dict[str, Any]) -> Rows:
     first = report["by_name"]["in all"]["at"]
-    heads = [cell for at in first for cell in (f"{percent(at['sparsity'])}: up to", "error")]
+    heads = [cell for at in first for cell in (f"{label(at['sparsity'])}: up to", "error")]
     rows = [["made zero", *heads]]
     for name, facts in report["by_name"].items():
         cells = [cell for at in facts["at"] for cell in (f"{at['threshold']:.5f}", f"{at['error_each']:.3f}")]
@@ -108,7 +119,7 @@ def sparsity_rows(report: dict[str, Any]) -> Rows:
 
 
 def unit_rows(report: dict[str, Any]) -> Rows:
-    rows = [["all zero in", "of", *(percent(at["sparsity"]) for at in report["by_name"]["in all"]["at"])]]
+    rows = [["all zero in", "of", *(label(at["sparsity"]) for at in report["by_name"]["in all"]["at"])]]
     for name, facts in report["by_name"].items():
         for kind in facts["at"][0]["all_zero"]:
             found = [at["all_zero"][kind] for at in facts["at"]]
@@ -137,9 +148,9 @@ def expected_rows(report: dict[str, Any]) -> Rows:
         targets = row["targets"]
         rows.append(
             [
-                f"{percent(row['sparsity'])} {row['pruning']}",
+                f"{label(row['sparsity'])} {row['pruning']}",
                 row["format"],
-                f"{targets[machines[0]]['bytes'] / 1e9:.4g}",
+                " / ".join(dict.fromkeys(f"{targets[name]['bytes'] / 1e9:.4g}" for name in machines)),
                 *(f"{targets[name]['speedup']:.2f}" for name in machines),
             ]
         )
@@ -169,7 +180,7 @@ def tensor_rows(report: dict[str, Any]) -> Rows:
     """One row for each tensor; the page only."""
     thresholds = [f"{t:g}" for t in report["thresholds"]]
     at = report["tensors"][0]["at"]
-    errors = [f"error at {percent(each['sparsity'])}" for each in at]
+    errors = [f"error at {label(each['sparsity'])}" for each in at]
     rows = [["tensor", "shape", "component", "zero", *(f"< {t}" for t in thresholds), "rms", "from normal", *errors]]
     for facts in report["tensors"]:
         rows.append(
