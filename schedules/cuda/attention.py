@@ -1,6 +1,6 @@
 """Softmax attention over the caches, on a GPU: one CTA a head of a token, its warps share the context.
 
-Warp w takes positions w, w + 8, ...; a lane holds the dimensions lane, lane + 32, ... of the query, of the running
+A warp takes four positions at a time; a lane holds the same few neighbouring dimensions of the query, of the running
 sum of values and, as they pass, of keys. Each warp keeps a maximum, a sum of weights and a sum of weighted values
 (online softmax, Milakov and Gimelshein 2018, arXiv:1805.02867); the CTA joins its warps at the end in their order.
 """
@@ -15,6 +15,7 @@ from tvm.script import tirx as T
 from tvm_sparse.schedules.cuda.device_code import WARP, f32, symbol, token_dim
 
 WARPS = 8
+KEYS = 4  # positions a warp has in flight
 _LOWEST = -3.4028234663852886e38
 
 
@@ -26,6 +27,9 @@ def attention(
     prefill = tokens is None
     row_length, context = symbol("row_length"), symbol("context")
     each = -(-head_dim // WARP)
+    whole = head_dim % WARP == 0
+    # A lane's dimensions of one cache row, in loads of at most 16 bytes.
+    width = math.gcd(each, 8 if dtype == "bfloat16" else 4) if whole else 1
     group = heads // kv_heads
     scale = 1.0 / math.sqrt(head_dim)
 
@@ -46,11 +50,13 @@ def attention(
         warp: T.let[T.int32] = thread // WARP
         owner = T.alloc_buffer((1,), "int32", scope="local")
         length = T.alloc_buffer((1,), "int64", scope="local")
+        first = T.alloc_buffer((1,), "int64", scope="local")
         query = T.alloc_buffer((each,), "float32", scope="local")
         values = T.alloc_buffer((each,), "float32", scope="local")
+        rows = T.alloc_buffer((2 * KEYS * each,), dtype, scope="local")  # keys, then values
         running = T.alloc_buffer((2,), "float32", scope="local")  # maximum, sum of weights
-        score = T.alloc_buffer((1,), "float32", scope="local")
-        weight = T.alloc_buffer((1,), "float32", scope="local")
+        scores = T.alloc_buffer((KEYS,), "float32", scope="local")
+        largest = T.alloc_buffer((1,), "float32", scope="local")
         joined = T.alloc_buffer((2,), "float32", scope="local")
         warps = T.alloc_buffer((2, WARPS), "float32", scope="shared")
         parts = T.alloc_buffer((WARPS, head_dim), "float32", scope="shared")
@@ -66,37 +72,60 @@ def attention(
         for i in T.unroll(each):
             values[i] = T.float32(0)
             query[i] = T.float32(0)
-            if i * WARP + lane < head_dim:
-                query[i] = q[token, head * head_dim + i * WARP + lane] * T.float32(scale)
-        for step in range(T.ceildiv(length[0], WARPS)):
-            if step * WARPS + warp < length[0]:
-                score[0] = T.float32(0)
-                for i in T.unroll(each):
-                    if i * WARP + lane < head_dim:
-                        score[0] += query[i] * f32(
-                            k_cache[owner[0], head // group, step * WARPS + warp, i * WARP + lane]
-                        )
-                score[0] = T.cuda.warp_sum(score[0])
-                weight[0] = T.max(running[0], score[0])
-                running[0] = T.exp(running[0] - weight[0])
+            if lane * each + i < head_dim:
+                query[i] = q[token, head * head_dim + lane * each + i] * T.float32(scale)
+        for i in T.unroll(2 * KEYS * each):
+            rows[i] = T.cast(T.float32(0), dtype)
+        for step in range(T.ceildiv(length[0], WARPS * KEYS)):
+            first[0] = (step * WARPS + warp) * KEYS
+            if first[0] < length[0]:
+                for j in T.unroll(KEYS):
+                    # Past the end the last row is read again; its weight becomes zero.
+                    for block in T.unroll(each // width):
+                        if lane * each + block * width < head_dim:
+                            for v in T.vectorized(width):
+                                rows[j * each + block * width + v] = k_cache[
+                                    owner[0],
+                                    head // group,
+                                    T.min(first[0] + j, length[0] - 1),
+                                    lane * each + block * width + v,
+                                ]
+                for j in T.unroll(KEYS):
+                    for block in T.unroll(each // width):
+                        if lane * each + block * width < head_dim:
+                            for v in T.vectorized(width):
+                                rows[(KEYS + j) * each + block * width + v] = v_cache[
+                                    owner[0],
+                                    head // group,
+                                    T.min(first[0] + j, length[0] - 1),
+                                    lane * each + block * width + v,
+                                ]
+                largest[0] = running[0]
+                for j in T.unroll(KEYS):
+                    scores[j] = T.float32(0)
+                    for i in T.unroll(each):
+                        scores[j] += query[i] * f32(rows[j * each + i])
+                    scores[j] = T.cuda.warp_sum(scores[j])
+                    if first[0] + j >= length[0]:
+                        scores[j] = T.float32(_LOWEST)
+                    largest[0] = T.max(largest[0], scores[j])
+                running[0] = T.exp(running[0] - largest[0])
                 running[1] = running[1] * running[0]
                 for i in T.unroll(each):
                     values[i] = values[i] * running[0]
-                running[0] = weight[0]
-                weight[0] = T.exp(score[0] - running[0])
-                running[1] += weight[0]
-                for i in T.unroll(each):
-                    if i * WARP + lane < head_dim:
-                        values[i] += weight[0] * f32(
-                            v_cache[owner[0], head // group, step * WARPS + warp, i * WARP + lane]
-                        )
+                running[0] = largest[0]
+                for j in T.unroll(KEYS):
+                    scores[j] = T.exp(scores[j] - running[0])
+                    running[1] += scores[j]
+                    for i in T.unroll(each):
+                        values[i] += scores[j] * f32(rows[(KEYS + j) * each + i])
 
         if lane == 0:
             warps[0, warp] = running[0]
             warps[1, warp] = running[1]
         for i in T.unroll(each):
-            if i * WARP + lane < head_dim:
-                parts[warp, i * WARP + lane] = values[i]
+            if lane * each + i < head_dim:
+                parts[warp, lane * each + i] = values[i]
         T.tvm_storage_sync("shared")
         joined[0] = T.float32(_LOWEST)
         joined[1] = T.float32(0)
@@ -106,17 +135,13 @@ def attention(
             joined[1] += warps[1, w] * T.exp(warps[0, w] - joined[0])
         for i in range(T.ceildiv(head_dim, WARPS * WARP)):
             if i * WARPS * WARP + thread < head_dim:
-                score[0] = T.float32(0)
+                largest[0] = T.float32(0)
                 for w in T.unroll(WARPS):
-                    score[0] += parts[w, i * WARPS * WARP + thread] * T.exp(
-                        warps[0, w] - joined[0]
-                    )
+                    largest[0] += parts[w, i * WARPS * WARP + thread] * T.exp(warps[0, w] - joined[0])
                 y[token, head * head_dim + i * WARPS * WARP + thread] = T.cast(
-                    score[0]
+                    largest[0]
                     / joined[1]
-                    * T.sigmoid(
-                        f32(qkv[token, (2 * head + 1) * head_dim + i * WARPS * WARP + thread])
-                    ),
+                    * T.sigmoid(f32(qkv[token, (2 * head + 1) * head_dim + i * WARPS * WARP + thread])),
                     dtype,
                 )
 

@@ -19,11 +19,14 @@ from tvm_sparse.schedules.cuda.token_tile import tile_decision, tokens_of
 from tvm_sparse.schedules.spec import KernelSpec
 from tvm_sparse.schedules.table import Decision
 
+# Programmatic dependent launch (CUDA): the kernel starts while the one before still runs, and waits for it itself.
+LAUNCH_PARAMS, PROGRAMMATIC = "tirx.kernel_launch_params", ["tirx.use_programtic_dependent_launch"]
+
 _LOAD = """
 __device__ __forceinline__ uint4 tvms_stream_load(const void* words) {
-  // Read once, by this SM alone: past L1.
+  // Read once, by this SM alone: past L1. Volatile: it stays before the wait for the kernel before.
   uint4 w;
-  asm("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
       : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w) : "l"(words));
   return w;
 }
@@ -95,9 +98,13 @@ __device__ __forceinline__ void {name}(uint4 w, const float* staged, int* place,
 
 
 def space(spec: KernelSpec) -> tuple[Decision, ...]:
-    """`tile` tokens a CTA, `depth` chunks of 16 bytes in flight a lane."""
+    """`tile` tokens a CTA, `depth` chunks of 16 bytes in flight a lane, `overlap` with the kernel before."""
     columns = spec.k + Delta.PAST(spec.choice)
-    return (tile_decision(spec, columns), Decision("depth", (2, 3, 4, 6, 8), 4))
+    # Measured on an H200 at 75 %: few warps want deep pipelines; only with many does the overlap pay, since the next
+    # kernel's CTAs then find no room before this one's are done, and spread over the SMs evenly.
+    many = spec.choice.option("segments") >= 24
+    depth = Decision("depth", (1, 2, 3, 4, 6), 2 if many else 4)
+    return (tile_decision(spec, columns), depth, Decision("overlap", (0, 1), int(many)))
 
 
 def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
@@ -105,7 +112,7 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
     n, k, m = spec.n, spec.k, tokens_of(spec)
     gap_bits, segments = spec.choice.option("gap_bits"), spec.choice.option("segments")
     groups = -(-n // WARP)
-    tile, depth = decisions["tile"], decisions["depth"]
+    tile, depth, overlap = decisions["tile"], decisions["depth"], bool(decisions["overlap"])
     columns = k + Delta.PAST(spec.choice)
     padded = -(-columns // 8) * 8
     partial = padded * tile  # where the partial sums begin
@@ -122,6 +129,10 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
             source_code=_LOAD,
             return_type="uint32x4",
         )
+
+    def multiply(ring, shared, place, sums, d):
+        pointers = [T.address_of(buffer[0]) for buffer in (shared, place, sums)]
+        return T.evaluate(T.cuda.func_call(function, ring[d], *pointers, source_code=source))
 
     def scaled(value):
         return T.cuda.func_call("tvms_scale_x", value, source_code=_SCALE, return_type="float32")
@@ -147,7 +158,6 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
         # One buffer for both: as two, the allocator would lay the partial sums over x while other warps still read it.
         shared = T.alloc_buffer((padded * tile + segments * tile * WARP,), "float32", scope="shared.dyn")
         ring = T.alloc_buffer((depth,), "uint32x4", scope="local")
-        now = T.alloc_buffer((1,), "uint32x4", scope="local")
         chunk = T.alloc_buffer((2,), "int32", scope="local")  # next to multiply, end
         place = T.alloc_buffer((1,), "int32", scope="local")
         sums = T.alloc_buffer((tile,), "float32", scope="local")
@@ -156,6 +166,8 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
         total = T.alloc_buffer((1,), "float32", scope="local")
         left = T.alloc_buffer((1,), "float32", scope="local")
 
+        if T.bool(overlap):
+            T.evaluate(T.ptx["griddepcontrol.launch_dependents"]())
         chunk[0] = seg_chunk[group, warp]
         chunk[1] = seg_chunk[group, warp + 1]
         place[0] = (seg_col[group, warp, lane] + 1) * (4 * tile)
@@ -164,6 +176,8 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
                 ring[d] = load(words, chunk[0] + d, lane)
         row[0] = row_of[group * WARP + lane]
 
+        if T.bool(overlap):  # weights never depend on the kernel before, x does
+            T.evaluate(T.ptx["griddepcontrol.wait"]())
         if T.bool(eights):
             for step in range(T.ceildiv(k // 8, threads)):
                 if step * threads + thread < k // 8:
@@ -191,22 +205,18 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
 
         for token in T.unroll(tile):
             sums[token] = T.float32(0)
+        # A chunk's registers are refilled only once it is multiplied: a copy would wait for the load it is to hide.
+        while chunk[0] + 2 * depth <= chunk[1]:
+            for d in T.unroll(depth):
+                multiply(ring, shared, place, sums, d)
+                ring[d] = load(words, chunk[0] + d + depth, lane)
+            chunk[0] = chunk[0] + depth
         while chunk[0] < chunk[1]:
             for d in T.unroll(depth):
                 if chunk[0] + d < chunk[1]:
-                    now[0] = ring[d]
-                    if chunk[0] + d + depth < chunk[1]:
-                        ring[d] = load(words, chunk[0] + d + depth, lane)
-                    T.evaluate(
-                        T.cuda.func_call(
-                            function,
-                            now[0],
-                            T.address_of(shared[0]),
-                            T.address_of(place[0]),
-                            T.address_of(sums[0]),
-                            source_code=source,
-                        )
-                    )
+                    multiply(ring, shared, place, sums, d)
+                if chunk[0] + d + depth < chunk[1]:
+                    ring[d] = load(words, chunk[0] + d + depth, lane)
             chunk[0] = chunk[0] + depth
 
         for token in T.unroll(tile):
@@ -238,4 +248,6 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
                         spec.out_dtype,
                     )
 
+    if overlap:
+        return matmul_delta.with_attr(LAUNCH_PARAMS, PROGRAMMATIC)
     return matmul_delta

@@ -69,11 +69,12 @@ def timed() -> list[Matmul]:
     found = []
     for n, k in PROJECTIONS:
         for segments in (8, 16, 24):
-            for depth in (3, 4, 6):
-                choice = delta.choice(4, segments)
-                found.append(Matmul(choice, n, k, 1, "bfloat16", "bfloat16", (("depth", depth),)))
+            for depth in (2, 3, 4):
+                for overlap in (0, 1):
+                    chosen = (("depth", depth), ("overlap", overlap))
+                    choice = delta.choice(4, segments)
+                    found.append(Matmul(choice, n, k, 1, "bfloat16", "bfloat16", chosen))
         found.append(Matmul(dense.choice(), n, k, 1, "bfloat16", "bfloat16"))
-        found.append(Matmul(FORMATS["bitmap"].choice(), n, k, 1, "bfloat16", "bfloat16"))
     return found
 
 
