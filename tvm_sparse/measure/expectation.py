@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
@@ -18,7 +19,7 @@ from tvm_sparse.layout import RuntimeParam, make_layout
 from tvm_sparse.measure.figures import Measured
 from tvm_sparse.models.config import ModelConfig
 from tvm_sparse.plan import decide, expected_stats
-from tvm_sparse.pruning import parse_pattern
+from tvm_sparse.pruning import Pattern, parse_pattern
 from tvm_sparse.targets import MACHINES
 
 TARGETS = ("cpu", "h200", "b200")
@@ -58,7 +59,7 @@ def expect(config: ModelConfig, tensors: Mapping[str, Measured], sparsities: Seq
             if pattern == "2:4" and sparsity != 0.5:
                 continue
             kept = parse_pattern(pattern, sparsity)
-            structured = {param: expected_stats(_shape(param), 1 - sparsity, kept) for param in params}
+            structured = {param: _at_random(_shape(param), 1 - sparsity, kept) for param in params}
             rows.append(_row(pattern, sparsity, name, _total(structured, name), dense))
     return rows
 
@@ -67,9 +68,14 @@ def _stats(param: RuntimeParam, tensors: Mapping[str, Measured], index: int) -> 
     parts = [tensors[source] for source in param.sources]
     survivors = np.sum([part.survivors[index] for part in parts], 0)
     shape = _shape(param)
-    found = expected_stats(shape, int(survivors.sum()) / (shape[0] * shape[1]))
+    found = _at_random(shape, round(int(survivors.sum()) / (shape[0] * shape[1]), 4), Pattern())
     blocks = sum(units.of - units.zero for part in parts for units in (part.units[index]["16x16"],))
     return replace(found, nnz=int(survivors.sum()), exponents=(*survivors.tolist(), 0), blocks={_BLOCK: blocks})
+
+
+@lru_cache(maxsize=None)
+def _at_random(shape: tuple[int, int], density: float, pattern: Pattern) -> Stats:
+    return expected_stats(shape, density, pattern)
 
 
 def _shape(param: RuntimeParam) -> tuple[int, int]:

@@ -14,7 +14,9 @@ from tvm_sparse.measure.components import component
 from tvm_sparse.measure.magnitudes import Cut, Magnitudes, share_below
 from tvm_sparse.measure.zero_units import Maxima, Units
 
-CURVE = tuple(round(0.05 * i, 2) for i in range(1, 20))
+# Sparsities of the error curves: of a component for its plot, of each of a thousand tensors for the file.
+FINE = tuple(i / 100 for i in range(1, 100))
+COARSE = FINE[4::5]
 
 
 @dataclass(frozen=True)
@@ -45,14 +47,14 @@ def measured(tensor: Stored, magnitudes: Magnitudes, maxima: Maxima | None, aske
     shape = (tensor.shape[0], prod(tensor.shape[1:]))
     return Measured(
         tensor=tensor,
-        figures=figures(magnitudes, magnitudes.normal(), asked),
+        figures=figures(magnitudes, magnitudes.normal(), asked, COARSE),
         cuts=cuts,
         units=tuple(maxima.units(cut, shape) if maxima else {} for cut in cuts),
         survivors=tuple(magnitudes.exponents(cut.last) for cut in cuts),
     )
 
 
-def figures(magnitudes: Magnitudes, normal: np.ndarray, asked: Asked) -> dict[str, Any]:
+def figures(magnitudes: Magnitudes, normal: np.ndarray, asked: Asked, curve: Sequence[float]) -> dict[str, Any]:
     """Everything that follows from the histogram alone, and `normal`, the running count it is held against; JSON."""
     exponents = magnitudes.exponents()
     return {
@@ -65,7 +67,7 @@ def figures(magnitudes: Magnitudes, normal: np.ndarray, asked: Asked) -> dict[st
         "normal_below": {f"{t:g}": share_below(normal, t) for t in asked.thresholds},
         "exponents": {str(e - 127): int(exponents[e]) for e in np.flatnonzero(exponents)},
         "exponent_entropy": magnitudes.exponent_entropy,
-        "error_curve": [[s, magnitudes.cut(s).error] for s in CURVE],
+        "error_curve": [[s, magnitudes.cut(s).error] for s in curve],
     }
 
 
@@ -119,7 +121,7 @@ class Pool:
         rms = self.magnitudes.rms
         return {
             "tensors": self.tensors,
-            **figures(self.magnitudes, self.normal, self.asked),
+            **figures(self.magnitudes, self.normal, self.asked, FINE),
             "density": self.magnitudes.density(4 * rms, self.normal) if rms else [],
             "at": at,
         }

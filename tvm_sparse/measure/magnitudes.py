@@ -79,12 +79,9 @@ class Magnitudes:
     def cut(self, sparsity: float) -> Cut:
         """Exactly round(sparsity * total) zeros, the smallest first, as `Pruner("magnitude")` makes them."""
         zeros = int(sparsity * self.total + 0.5)
-        first_kept = int(np.searchsorted(self._running, zeros, "right"))
-        dropped = self._energy[first_kept - 1] if first_kept else 0.0
-        split = zeros - (int(self._running[first_kept - 1]) if first_kept else 0)
-        last = max(first_kept if split else first_kept - 1, 0)
-        if split:
-            dropped += split * _SQUARES[first_kept]
+        last = int(np.searchsorted(self._running, zeros, "left"))
+        under, dropped = (self._running[last - 1], self._energy[last - 1]) if last else (0, 0.0)
+        dropped += (zeros - under) * _SQUARES[last]
         energy = float(self._energy[-1])
         return Cut(
             sparsity=sparsity,

@@ -147,7 +147,7 @@ def _similarity(report: dict[str, Any]) -> list[str]:
     maps = [plots.similarity(f"whole layers, {name}", facts) for name, facts in similarity["kinds"].items()]
     maps += [plots.similarity(name, facts) for name, facts in similarity["projections"].items()]
     found = [
-        "<h2>Layer similarity</h2><p>Cosine of every pair of layers of a kind, as weights. ",
+        "<h2>Layer similarity</h2><p>Cosine of every pair of layers of a kind, as weights: ",
         f"{escape(tables.candidates(report))}. Each map has its own scale.</p>",
         f'<div class="grid">{"".join(maps)}</div>',
     ]
