@@ -24,19 +24,27 @@ class BitmapRows:
         self.isa, self.ahead = isa, prefetch
         self.mask, self.row_start, self.values = buffers
         self.rows: dict[int, tirx.PrimExpr] = {}
+        self.following: dict[int, tirx.PrimExpr] = {}
+        self.alone = count == 1
+        self.skip = T.alloc_buffer((count,), "int64", scope="local")
         self.at = T.alloc_buffer((count,), "int64", scope="local")
         self.bits = T.alloc_buffer((count,), "uint32", scope="local")
 
-    def start(self, r: int, row) -> None:
-        self.rows[r] = row
+    def start(self, r: int, row, following) -> None:
+        self.rows[r], self.following[r] = row, following
         T.buffer_store(self.at, T.cast(self.row_start[row], "int64"), [r])
+        further = T.int64(32 * self.ahead)
+        if not self.alone:
+            further = T.cast(self.row_start[following], "int64") - T.cast(self.row_start[row], "int64")
+        T.buffer_store(self.skip, further, [r])
 
     def prefetch(self, r: int, i, u: int) -> None:
         # Two blocks hold a cache line of values at density 0.5; sixteen share one of the mask.
         if self.ahead and u % 2 == 0:
-            T.evaluate(self.isa.prefetch(T.address_of(self.values[self.at[r] + 32 * self.ahead])))
+            T.evaluate(self.isa.prefetch(T.address_of(self.values[self.at[r] + self.skip[r]])))
         if self.ahead and u == 0:
-            T.evaluate(self.isa.prefetch(T.address_of(self.mask[self.rows[r], i + 16 * self.ahead])))
+            place = self.mask[self.rows[r], i + 16 * self.ahead] if self.alone else self.mask[self.following[r], i]
+            T.evaluate(self.isa.prefetch(T.address_of(place)))
 
     def block(self, r: int, i) -> None:
         T.buffer_store(self.bits, self.mask[self.rows[r], i], [r])

@@ -31,13 +31,17 @@ class DenseRows:
         self.isa, self.ahead = isa, prefetch
         (self.weight,) = buffers
         self.rows: dict[int, tirx.PrimExpr] = {}
+        self.following: dict[int, tirx.PrimExpr] = {}
+        self.alone = count == 1
 
-    def start(self, r: int, row) -> None:
-        self.rows[r] = row
+    def start(self, r: int, row, following) -> None:
+        self.rows[r], self.following[r] = row, following
 
     def prefetch(self, r: int, i, u: int) -> None:
         if self.ahead:
-            T.evaluate(self.isa.prefetch(T.address_of(self.weight[self.rows[r], 32 * (i + self.ahead)])))
+            column = 32 * (i + self.ahead)
+            place = self.weight[self.rows[r], column] if self.alone else self.weight[self.following[r], 32 * i]
+            T.evaluate(self.isa.prefetch(T.address_of(place)))
 
     def block(self, r: int, i) -> None:
         pass

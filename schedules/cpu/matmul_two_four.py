@@ -24,17 +24,20 @@ class TwoFourRows:
         self.isa, self.ahead = isa, prefetch
         self.values, self.meta = buffers
         self.rows: dict[int, tirx.PrimExpr] = {}
+        self.following: dict[int, tirx.PrimExpr] = {}
+        self.alone = count == 1
         self.bits = T.alloc_buffer((count,), "uint32", scope="local")
 
-    def start(self, r: int, row) -> None:
-        self.rows[r] = row
+    def start(self, r: int, row, following) -> None:
+        self.rows[r], self.following[r] = row, following
 
     def prefetch(self, r: int, i, u: int) -> None:
         # Two blocks hold a cache line of values, sixteen one of positions.
+        row, ahead = (self.rows[r], 2 * self.ahead) if self.alone else (self.following[r], 0)
         if self.ahead and u % 2 == 0:
-            T.evaluate(self.isa.prefetch(T.address_of(self.values[self.rows[r], 16 * i + 32 * self.ahead])))
+            T.evaluate(self.isa.prefetch(T.address_of(self.values[row, 16 * (i + ahead)])))
         if self.ahead and u == 0:
-            T.evaluate(self.isa.prefetch(T.address_of(self.meta[self.rows[r], 2 * i + 32 * self.ahead])))
+            T.evaluate(self.isa.prefetch(T.address_of(self.meta[row, 2 * (i + ahead)])))
 
     def block(self, r: int, i) -> None:
         if isinstance(i, int):  # the ragged end, which is read group by group

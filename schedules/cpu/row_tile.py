@@ -11,7 +11,7 @@ at the end: results depend neither on other tokens' values nor on the number of 
 
 One token is bound by memory: a single row with several accumulators reads its values as one stream, which together with
 prefetching is twice as fast as several rows side by side. Several tokens are bound by arithmetic: there
-rows x tokens fill the registers, and the weights of a chunk come from the second-level cache for every further tile.
+rows x tokens fill the registers, and what is asked for ahead is the next tile.
 """
 
 from __future__ import annotations
@@ -29,16 +29,20 @@ from tvm_sparse.schedules.spec import KernelSpec
 from tvm_sparse.schedules.table import Decision
 
 BLOCK = 32
+STRIDE = 4  # blocks in the body of the innermost loop, at least: prefetches are made once for several
 
 
 class Rows(Protocol):
     """How one format streams a tile of rows; made once for each tile, inside the kernel."""
 
-    def start(self, r: int, row) -> None:
-        """Row `row` becomes the tile's r-th."""
+    def start(self, r: int, row, following) -> None:
+        """Row `row` becomes the tile's r-th; `following` will be the next tile's."""
 
     def prefetch(self, r: int, i, u: int) -> None:
-        """Asks for memory some way ahead; called before block i, the u-th of an unrolled group."""
+        """Asks for memory ahead: further on in a single row, of several the same place in the following ones.
+
+        Called before block i, the u-th of a stride.
+        """
 
     def block(self, r: int, i) -> None:
         """Makes the r-th row ready for columns 32 i to 32 i + 31."""
@@ -59,13 +63,13 @@ class Rows(Protocol):
 def space(spec: KernelSpec) -> tuple[Decision, ...]:
     """Registers hold rows x tokens x unroll accumulators, at most `accumulators` of them.
 
-    `prefetch` is how many cache lines ahead values are asked for, 0: not at all.
+    `prefetch` is how many cache lines ahead values of a single row are asked for; of several rows at once the next tile's are; 0: not at all.
     """
     wide = spec.arch == "avx512"
     tokens = 1 if spec.m == 1 else min(8, 1 << (spec.m - 1).bit_length()) if spec.m else 8
     return (
-        Decision("tokens", tuple(t for t in (1, 2, 4, 8) if t <= tokens), min(tokens, 4)),
-        Decision("rows", (1, 2, 3, 4, 6, 8), 1 if spec.m == 1 else 4),
+        Decision("tokens", tuple(t for t in (1, 2, 4, 8) if t <= tokens), min(tokens, 8 if wide else 4)),
+        Decision("rows", (1, 2, 3, 4, 6, 8), 1 if spec.m == 1 else 2),
         Decision("unroll", (1, 2, 4, 8), 8 if spec.m == 1 else 1),
         Decision("accumulators", (8, 16, 24), 16 if wide else 8),
         Decision("chunk", (16, 32, 64), 32),
@@ -108,6 +112,7 @@ class _Tile:
         self.width, self.count = width, max(1, min(decisions["rows"], most // width))
         self.blocks = spec.k // BLOCK
         self.unroll = max(1, min(decisions["unroll"], most // (self.count * width)))
+        self.stride = max(self.unroll, STRIDE)
         self.first, self.chunk = c * chunk, chunk
         self.here = tirx.min(spec.n - c * chunk, chunk)
         self.groups = (self.here + self.count - 1) // self.count
@@ -120,14 +125,15 @@ class _Tile:
         with T.serial(0, self.groups) as group:
             rows = self._rows(group)
             for r, row in enumerate(rows):
-                self.streams.start(r, self.first + row)
+                following = tirx.min(self.first + row + self.count, self.spec.n - 1)
+                self.streams.start(r, self.first + row, following)
             for a in range(self.count * self.width * self.unroll):
                 T.buffer_store(self.accs, self.isa.zero(), [a])
-            with T.serial(0, self.blocks // self.unroll) as i:
-                for u in range(self.unroll):
-                    self._block(i * self.unroll + u, u)
-            for u in range(self.blocks % self.unroll):
-                self._block(T.int32(self.blocks // self.unroll * self.unroll + u), u)
+            with T.serial(0, self.blocks // self.stride) as i:
+                for u in range(self.stride):
+                    self._block(i * self.stride + u, u)
+            for u in range(self.blocks % self.stride):
+                self._block(T.int32(self.blocks // self.stride * self.stride + u), u)
             self._finish(rows)
 
     def _rows(self, group) -> list:
@@ -135,7 +141,7 @@ class _Tile:
         return [tirx.min(group * self.count + r, self.here - 1) for r in range(self.count)]
 
     def _block(self, i, u: int) -> None:
-        """Columns 32 i and following, into accumulator u of each row and token."""
+        """Columns 32 i and following; blocks of a stride take the accumulators of each row and token in turn."""
         isa, streams = self.isa, self.streams
         for r in range(self.count):
             streams.prefetch(r, i, u)
@@ -145,7 +151,7 @@ class _Tile:
                 T.buffer_store(self.weights, streams.vector(r, i, step), [r])
                 for t, token in enumerate(self.tokens):
                     place = T.address_of(self.x[token, i * BLOCK + step * isa.lanes])
-                    a = (r * self.width + t) * self.unroll + u
+                    a = (r * self.width + t) * self.unroll + u % self.unroll
                     T.buffer_store(self.accs, isa.dot(self.spec.x_dtype, self.accs[a], self.weights[r], place), [a])
         for r in range(self.count):
             streams.advance(r, i)
