@@ -61,16 +61,17 @@ class Rows(Protocol):
 
 
 def space(spec: KernelSpec) -> tuple[Decision, ...]:
-    """Registers hold rows x tokens x unroll accumulators, at most `accumulators` of them.
+    """`rows` are those of a tile of several tokens, `unroll` the accumulators of a single one.
 
-    `prefetch` is how many cache lines ahead values of a single row are asked for; of several rows at once the next tile's are; 0: not at all.
+    Registers hold rows x tokens x unroll accumulators: a tile of few tokens is unrolled until there are `accumulators`.
+    `prefetch` is how many cache lines ahead the values of a single row are asked for; 0: nothing is asked for ahead.
     """
     wide = spec.arch == "avx512"
     tokens = 1 if spec.m == 1 else min(8, 1 << (spec.m - 1).bit_length()) if spec.m else 8
     return (
         Decision("tokens", tuple(t for t in (1, 2, 4, 8) if t <= tokens), min(tokens, 8 if wide else 4)),
-        Decision("rows", (1, 2, 3, 4, 6, 8), 1 if spec.m == 1 else 2),
-        Decision("unroll", (1, 2, 4, 8), 8 if spec.m == 1 else 1),
+        Decision("rows", (1, 2, 3, 4), 2),
+        Decision("unroll", (2, 4, 8), 8),
         Decision("accumulators", (8, 16, 24), 16 if wide else 8),
         Decision("chunk", (16, 32, 64), 32),
         Decision("prefetch", (0, 4, 8, 16, 32), 16),
@@ -109,9 +110,10 @@ class _Tile:
     def __init__(self, isa: Isa, spec: KernelSpec, decisions: Mapping[str, int], rows_type, buffers, x, y, c, tokens):
         self.isa, self.spec, self.x, self.y, self.tokens = isa, spec, x, y, tokens
         width, chunk, most = len(tokens), decisions["chunk"], decisions["accumulators"]
-        self.width, self.count = width, max(1, min(decisions["rows"], most // width))
+        self.width = width
+        self.count = 1 if width == 1 else max(1, min(decisions["rows"], most // width))
+        self.unroll = decisions["unroll"] if width == 1 else max(1, most // (self.count * width))
         self.blocks = spec.k // BLOCK
-        self.unroll = max(1, min(decisions["unroll"], most // (self.count * width)))
         self.stride = max(self.unroll, STRIDE)
         self.first, self.chunk = c * chunk, chunk
         self.here = tirx.min(spec.n - c * chunk, chunk)
