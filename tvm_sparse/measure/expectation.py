@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from functools import lru_cache
+from functools import cache
 from typing import Any
 
 import numpy as np
@@ -73,7 +73,7 @@ def _stats(param: RuntimeParam, tensors: Mapping[str, Measured], index: int) -> 
     return replace(found, nnz=int(survivors.sum()), exponents=(*survivors.tolist(), 0), blocks={_BLOCK: blocks})
 
 
-@lru_cache(maxsize=None)
+@cache
 def _at_random(shape: tuple[int, int], density: float, pattern: Pattern) -> Stats:
     return expected_stats(shape, density, pattern)
 

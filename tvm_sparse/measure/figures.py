@@ -47,7 +47,7 @@ def measured(tensor: Stored, magnitudes: Magnitudes, maxima: Maxima | None, aske
     shape = (tensor.shape[0], prod(tensor.shape[1:]))
     return Measured(
         tensor=tensor,
-        figures=figures(magnitudes, magnitudes.normal(), asked, COARSE),
+        figures=figures(magnitudes, magnitudes.normal, asked, COARSE),
         cuts=cuts,
         units=tuple(maxima.units(cut, shape) if maxima else {} for cut in cuts),
         survivors=tuple(magnitudes.exponents(cut.last) for cut in cuts),
@@ -90,7 +90,7 @@ class Pool:
         energy = magnitudes.total * magnitudes.rms**2
         self.tensors += 1
         self.magnitudes = self.magnitudes + magnitudes if self.magnitudes else magnitudes
-        normal = magnitudes.normal()
+        normal = magnitudes.normal
         self.normal = normal if self.normal is None else self.normal + normal
         self.units = self.units or [{} for _ in one.cuts]
         self.dropped = self.dropped or [0.0] * len(one.cuts)

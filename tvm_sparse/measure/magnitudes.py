@@ -8,6 +8,7 @@ and histograms of parts of a model add up to that of the whole.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from math import sqrt
 
 import numpy as np
@@ -68,6 +69,7 @@ class Magnitudes:
         """Share of weights with |w| < threshold."""
         return share_below(self._running, threshold)
 
+    @cached_property
     def normal(self) -> np.ndarray:
         """What the running count [0x7F80] would be for a normal distribution around zero with this root mean square."""
         return self.total * (half_normal(_EDGES / self.rms) if self.rms else np.ones(FINITE))

@@ -33,7 +33,7 @@ table { border-collapse: collapse; width: 100%; font-size: 13px; background: var
 th, td { padding: 5px 11px; text-align: right; white-space: nowrap; border-bottom: 1px solid var(--rule) }
 th { color: var(--soft); font-weight: 600 } td:first-child, th:first-child { text-align: left }
 tr.all td { font-weight: 650; border-top: 2px solid var(--rule) } tr.gap td { border-top: 2px solid var(--rule) }
-svg { width: 100%; height: auto; display: block } svg text { font-family: inherit }
+svg { width: 100%; height: auto; display: block; overflow: visible } svg text { font-family: inherit }
 .plot .grid { stroke: var(--rule); stroke-width: 1 } .tick { font-size: 9.5px; fill: var(--soft) }
 .label { font-size: 10.5px; fill: var(--soft) } .line { fill: none; stroke-width: 1.8 }
 .heat .ground { fill: var(--card); stroke: var(--rule) } .heat .self { fill: var(--rule) }
@@ -147,7 +147,7 @@ def _similarity(report: dict[str, Any]) -> list[str]:
     maps = [plots.similarity(f"whole layers, {name}", facts) for name, facts in similarity["kinds"].items()]
     maps += [plots.similarity(name, facts) for name, facts in similarity["projections"].items()]
     found = [
-        "<h2>Layer similarity</h2><p>Cosine of every pair of layers of a kind, as weights: ",
+        "<h2>Layer similarity</h2><p>Cosine of every pair of layers of a kind, as weights. ",
         f"{escape(tables.candidates(report))}. Each map has its own scale.</p>",
         f'<div class="grid">{"".join(maps)}</div>',
     ]

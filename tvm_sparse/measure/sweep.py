@@ -64,6 +64,7 @@ def sweep(checkpoint: Checkpoint, tensors: Sequence[Stored], done: Done) -> dict
     held = torch.empty(0, dtype=torch.bfloat16)
     threads = torch.get_num_threads()
     try:
+        torch.set_num_threads(1)  # here too: a thousand small calls on every core would spend their time waiting
         with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             for tile in bar(tiles, len(tiles), "tile", "measure"):
                 size = len(tile.tensors) * (tile.stop - tile.start) * _columns(tile.tensors[0])
@@ -77,7 +78,7 @@ def sweep(checkpoint: Checkpoint, tensors: Sequence[Stored], done: Done) -> dict
                     tally = tallies.pop(tensor.name)
                     done(tensor, Magnitudes(tally.counts[:FINITE].numpy()), tally.maxima)
     finally:
-        torch.set_num_threads(threads)  # the initializer also moved the process-wide default
+        torch.set_num_threads(threads)
     return products
 
 

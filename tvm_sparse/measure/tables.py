@@ -172,7 +172,7 @@ def candidates(report: dict[str, Any]) -> str:
     """Pairs of layers that a fold could join, or that there are none."""
     found = report["similarity"]["candidates"]
     pairs = ", ".join(f"{a} and {b}" for a, b in (each["layers"] for each in found[:8]))
-    line = f"pairs of one kind over {report['similarity']['threshold']}: "
+    line = f"Pairs of one kind over {report['similarity']['threshold']}: "
     return f"{line}{pairs or 'none, so no layer can stand for another as it is'}"
 
 
