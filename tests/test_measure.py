@@ -120,6 +120,7 @@ def test_cut_is_what_the_pruner_does(sparsity):
     dropped = weight.double() - pruned.double()
     assert cut.error == pytest.approx(float(dropped.norm() / weight.double().norm()), rel=1e-12)
     assert cut.threshold == float(dropped.abs().max())
+    assert magnitudes(weight).below(cut.threshold) < sparsity
     assert cut.share == pytest.approx(float((weight.double().abs() <= cut.threshold).double().mean()), abs=1e-12)
 
 
@@ -157,6 +158,7 @@ def test_every_weight_of_a_folder_is_in_the_figures(tiny):
 def test_tiles_and_threads_change_nothing(tiny, monkeypatch):
     monkeypatch.setattr(sweeping, "MEMORY", 40_000)
     monkeypatch.setattr(sweeping, "CHUNK", 3_000)
+    monkeypatch.setattr(sweeping, "ROWS", 32)
     monkeypatch.setattr(sweeping, "STRIP", 1_000)
     monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
     again = measure(open_checkpoint(str(TINY)), "tiny", ASKED)

@@ -67,7 +67,7 @@ def figures(magnitudes: Magnitudes, normal: np.ndarray, asked: Asked, curve: Seq
         "normal_below": {f"{t:g}": share_below(normal, t) for t in asked.thresholds},
         "exponents": {str(e - 127): int(exponents[e]) for e in np.flatnonzero(exponents)},
         "exponent_entropy": magnitudes.exponent_entropy,
-        "error_curve": [[s, magnitudes.cut(s).error] for s in curve],
+        "curve": [[cut.sparsity, cut.error, cut.threshold] for cut in map(magnitudes.cut, curve)],
     }
 
 

@@ -38,7 +38,7 @@ def error_curves(rows: dict[str, dict[str, Any]]) -> str:
     frame = Frame((0, 1), (0, 1), 640, 360)
     marks, legend = [], []
     for colour, (name, facts) in zip(COLOURS * 3, rows.items(), strict=False):
-        marks.append(line(frame, [(0, 0), *facts["error_curve"], (1, 1)], colour, name))
+        marks.append(line(frame, [(0, 0), *((s, error) for s, error, _ in facts["curve"]), (1, 1)], colour, name))
         legend.append(f'<i style="background:{colour}"></i>{escape(name)}')
     marks.append(line(frame, _normal_errors(), "var(--ink)", "normal distribution", dashed=True))
     legend.append('<i class="dash"></i>normal distribution')

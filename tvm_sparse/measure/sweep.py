@@ -23,7 +23,7 @@ from tvm_sparse.progress import bar
 
 MEMORY = 600_000_000  # bytes of bfloat16 rows held at a time: 256 rows of the widest matrix in 64 layers
 CHUNK = 1 << 20  # weights a thread counts at a time
-ROWS = 256  # chunks and tiles are multiples of it where they can be: synthetic weights are drawn by so many rows
+ROWS = 256  # chunks are multiples of it, tiles where they can be: synthetic weights are drawn by so many rows
 STRIP = 1 << 15  # columns of a product summed in float32
 
 Done = Callable[[Stored, Magnitudes, Maxima | None], None]
@@ -99,7 +99,7 @@ def _tiles(tensors: Sequence[Stored]) -> Iterator[Tile]:
 def _count_tile(
     pool: ThreadPoolExecutor, checkpoint: Checkpoint, tile: Tile, rows: torch.Tensor | None, tallies: dict[str, Tally]
 ) -> None:
-    step = _whole(CHUNK // _columns(tile.tensors[0]))
+    step = max(ROWS, _whole(CHUNK // _columns(tile.tensors[0])))
     jobs = [
         (i, start, min(start + step, tile.stop))
         for i in range(len(tile.tensors))
@@ -154,5 +154,5 @@ def _columns(tensor: Stored) -> int:
 
 
 def _whole(rows: int) -> int:
-    """Rows of a tile or chunk: a multiple of ROWS where there are as many, else of 16, at least 16."""
+    """Rows to take together: a multiple of ROWS where there are as many, else of 16, at least 16."""
     return rows // ROWS * ROWS if rows >= ROWS else max(16, rows // 16 * 16)

@@ -96,7 +96,7 @@ def small_is_not_zero(facts: dict[str, Any]) -> str:
 
 def error_at(facts: dict[str, Any], sparsity: float) -> float:
     """The error curve, read between its points."""
-    points = [[0.0, 0.0], *facts["error_curve"], [1.0, 1.0]]
+    points = [[0.0, 0.0], *(point[:2] for point in facts["curve"]), [1.0, 1.0]]
     for (s0, e0), (s1, e1) in pairwise(points):
         if s0 <= sparsity <= s1:
             return e0 + (e1 - e0) * (sparsity - s0) / (s1 - s0)
