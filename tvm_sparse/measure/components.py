@@ -29,7 +29,7 @@ _MODULES = {
 }
 CLASSIC = ("down_proj", "gate_proj", "up_proj", "q_proj", "k_proj", "v_proj", "o_proj")
 NOT_COUNTED = ("embedding", "head", "norms and positions")
-"""Left out of "in all": what is looked up or adds a bias is never pruned, and the head only on request."""
+"""Left out of "in all": norms and tables are never pruned, the head only on request."""
 COMPONENTS = (*(name for name in dict.fromkeys(_MODULES.values()) if name not in NOT_COUNTED), "vision", *NOT_COUNTED)
 
 
