@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 from tvm_sparse.build import build
 from tvm_sparse.codegen.cuda_images import images
@@ -24,6 +25,7 @@ from tvm_sparse.config import parse_build
 from tvm_sparse.engine import Engine
 from tvm_sparse.errors import Refusal, run_command
 from tvm_sparse.evaluate import evaluate
+from tvm_sparse.prune import main as prune
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
 SPARSE = EXAMPLES / "tiny-qwen3.5-sparse75"
@@ -227,3 +229,30 @@ def test_a_folder_with_other_things_is_not_written_to(tmp_path):
     with pytest.raises(Refusal, match="other things"):
         build(parse_build(["--model", str(SPARSE), "--sparsity", "0.5", "--target", "cpu", "--out", str(tmp_path)]))
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.txt"]
+
+
+PATTERNS = {
+    "2:4": ["--sparsity", "0.5", "--pattern", "2:4"],
+    "block": ["--sparsity", "0.6", "--pattern", "block:8x16"],
+    "bitmap": ["--sparsity", "0.6", "--granularity", "row", "--exclude", "o_proj"],
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("fmt", PATTERNS)
+def test_a_sparse_build_is_the_dense_model_with_the_same_zeros(fmt, tmp_path):
+    """`build` prunes as `prune` does, and what it compiles gives the logits of transformers on the pruned weights."""
+    dense = str(EXAMPLES / "tiny-qwen3.5")
+    assert prune(["--model", dense, "--prune", "magnitude", *PATTERNS[fmt], "--out", str(tmp_path / "pruned")]) is None
+    words = ["--model", dense, *PATTERNS[fmt], "--target", "cpu", "--dtype", "float32", "--out", str(tmp_path / "out")]
+    build(parse_build(words))
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert sum(row["format"].startswith(fmt) for row in report["matrices"]) >= 24  # of 32 projections, fused
+    ids = torch.randint(0, 2000, (90,), generator=torch.Generator().manual_seed(1)).tolist()
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "pruned", dtype=torch.float32)
+    with torch.inference_mode():
+        expected = model(torch.tensor([ids]), use_cache=False).logits[0].numpy()
+    engine = Engine(tmp_path / "out")
+    tolerance = 1e-4 * np.abs(expected).max()
+    assert np.abs(engine.prefill(ids[:-1]) - expected[-2]).max() < tolerance
+    assert np.abs(engine.decode(ids[-1]) - expected[-1]).max() < tolerance
