@@ -7,7 +7,8 @@ from pathlib import Path
 
 from setuptools import setup
 
-VERSION = re.search(r'__version__ = "(.+)"', Path(__file__).with_name("tvm_sparse").joinpath("__init__.py").read_text())[1]
+HERE = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (HERE / "tvm_sparse" / "__init__.py").read_text())[1]
 
 # Wrong versions of these two crash (tvm-ffi 0.1.15 segfaults in save_json, which every tuning run calls): exact pins.
 TVM = ["apache-tvm==0.27.0.post1", "apache-tvm-ffi==0.1.14.post1"]
@@ -22,7 +23,7 @@ setup(
     name="tvm_sparse",
     version=VERSION,
     description="A compiler for weight-sparse Qwen3.5 models, on TVM",
-    long_description=Path(__file__).with_name("README.md").read_text(),
+    long_description=(HERE / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",

@@ -114,10 +114,10 @@ def _packed(param: relax.Var, choice: FormatChoice) -> list[relax.Var]:
     """The parameters that hold a packed matrix; a dimension the weights decide is a variable of its own."""
     if choice.name == "dense":
         return [param]
-    shape = tuple(int(dim) for dim in param.ty.shape)
+    n, k = (int(dim) for dim in param.ty.shape)
     dims: dict[str, tvm.tirx.Var] = {}
     found = []
-    for buffer in FORMATS[choice.name].buffers(shape, choice):
+    for buffer in FORMATS[choice.name].buffers((n, k), choice):
         sizes = [d if isinstance(d, int) else dims.setdefault(d, tvm.tirx.Var(d, "int64")) for d in buffer.shape]
         found.append(relax.Var(f"{param.name}.{buffer.name}", relax.TensorType(sizes, buffer.dtype)))
     return found

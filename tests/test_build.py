@@ -91,7 +91,8 @@ def test_examples_write_what_the_engine_writes(artefact, tmp_path):
     words = [str(artefact), "8", *map(str, IDS)]
     python = subprocess.run([sys.executable, EXAMPLES / "generate.py", *words], capture_output=True, text=True)
     assert python.stdout.split() == expected, python.stderr
-    assert subprocess.run([_compile_example(tmp_path), *words], capture_output=True, text=True).stdout.split() == expected
+    compiled = subprocess.run([_compile_example(tmp_path), *words], capture_output=True, text=True)
+    assert compiled.stdout.split() == expected, compiled.stderr
 
 
 def _compile_example(folder: Path) -> Path:
