@@ -14,7 +14,8 @@ from tvm_sparse.bench.__main__ import main
 from tvm_sparse.bench.timing import Times, ratio
 from tvm_sparse.errors import Refusal
 
-SMALL = "kernels --shapes 96x160,64x64 --sparsity 0.75 --threads 1 --copies 0.0001 --rounds 2".split()
+SMALL = ["kernels", "--shapes", "96x160,64x64", "--sparsity", "0.75", "--threads", "1"]
+SMALL += ["--copies", "0.0001", "--rounds", "2"]
 
 
 def test_json_has_a_row_for_each_shape_and_batch_and_their_geometric_mean(capsys):
