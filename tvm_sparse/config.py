@@ -71,7 +71,8 @@ def parse_build(argv: Sequence[str]) -> BuildConfig:
     if args.prune in CALIBRATED:
         raise Refusal(
             f"--prune {args.prune} calibrates on a text: run python -m tvm_sparse.prune --model {args.model} "
-            f"--sparsity {args.sparsity or 0.75:g} --prune {args.prune} --text FILE --out DIR, then build --model DIR --prune none"
+            f"--sparsity {args.sparsity or 0.75:g} --prune {args.prune} --text FILE --out DIR, "
+            "then build --model DIR --prune none"
         )
     if args.sparsity is None and args.prune != "none":
         raise Refusal("--sparsity is missing: give the share of zeros, or --prune none for a sparse checkpoint")

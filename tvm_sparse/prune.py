@@ -22,6 +22,7 @@ from tvm_sparse.pruning.by_magnitude import prune_globally, prune_matrices
 from tvm_sparse.pruning.calibration import Calibration, calibration
 from tvm_sparse.pruning.request import PruneRequest, needs_text, parse_prune
 from tvm_sparse.pruning.rewrite import SUMMARY, CheckpointCopy
+from tvm_sparse.pruning.structured import round_half_up
 
 
 def main(argv: Sequence[str]) -> None:
@@ -98,7 +99,8 @@ def _zeros(
 def _prune(request: PruneRequest, copy: CheckpointCopy, text: Calibration | None, zeros: Mapping[str, int]) -> None:
     if request.method == "magnitude":
         if request.granularity == "global":
-            prune_globally(copy, tuple(zeros), sum(zeros.values()))
+            weights = sum(prod(copy.model.spec(name).shape) for name in zeros)
+            prune_globally(copy, tuple(zeros), round_half_up(request.sparsity * weights))
             return
         pruner = Pruner("magnitude", request.sparsity, request.pattern, request.granularity)
         prune_matrices(copy, pruner, zeros)

@@ -41,7 +41,7 @@ _GROUPS = (
 
 @dataclass(frozen=True)
 class Method:
-    """How to prune: "wanda", "sparsegpt" or "admm"; `by_row` compares within rows (not for sparsegpt, which has its blocks)."""
+    """How to prune: "wanda", "sparsegpt" or "admm"; `by_row` compares within rows, but for sparsegpt's own blocks."""
 
     name: str
     pattern: Pattern

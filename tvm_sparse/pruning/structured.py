@@ -21,7 +21,7 @@ class KeepNOfM:
     def keep(self, start: int, magnitude: torch.Tensor) -> torch.Tensor:
         rows, columns = magnitude.shape
         lanes = magnitude.view(-1, self.m).T.contiguous()
-        rank = torch.zeros(lanes.shape, dtype=torch.int16)  # how many of the group are smaller
+        rank = torch.zeros(lanes.shape, dtype=torch.int16, device=lanes.device)  # how many of the group are smaller
         for i, j in combinations(range(self.m), 2):
             later = lanes[i] <= lanes[j]
             rank[j] += later
