@@ -49,8 +49,10 @@ class CpuKernel:
 def set_threads(count: int) -> None:
     """Threads of torch and of TVM's runtime from here on.
 
-    TVM's pool would bind this thread to one core, and torch's threads, its children, with it: it is told not to.
+    TVM's pool takes half of the cores it sees, as if each were two threads of one, and would bind this thread to one
+    core and torch's threads, its children, with it: it is told otherwise before it starts.
     """
     os.environ["TVM_BIND_THREADS"] = "0"
+    os.environ["TVM_NUM_THREADS"] = str(len(os.sched_getaffinity(0)))
     torch.set_num_threads(count)
     tvm_ffi.get_global_func("runtime.config_threadpool")(1, count)
