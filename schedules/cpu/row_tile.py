@@ -10,8 +10,8 @@ at the end: results depend neither on other tokens' values nor on the number of 
           columns   `unroll` blocks of 32 at a time
 
 One token is bound by memory: a single row with several accumulators reads its values as one stream, which together with
-prefetching took less than half the time of four rows side by side without (Zen 5, 50 % zeros). Several tokens are bound by arithmetic: there
-rows x tokens fill the registers, and what is asked for ahead is the next tile.
+prefetching took less than half the time of four rows side by side without (Zen 5, 50 % zeros). Several tokens are bound
+by arithmetic: there rows x tokens fill the registers, and what is asked for ahead is the next tile.
 """
 
 from __future__ import annotations
