@@ -23,7 +23,13 @@ from tvm_sparse.errors import Refusal
 
 @cache
 def load_tvm_ffi() -> ModuleType:
-    """tvm_ffi and libtvm_runtime. tvm_ffi imports torch by itself where it is installed: kept from it here."""
+    """tvm_ffi and libtvm_runtime. tvm_ffi imports torch by itself where it is installed: kept from it here.
+
+    TVM's thread pool would take half of the cores and pin the calling thread to one: unless the environment says
+    otherwise it takes all cores that this process may use, and pins none.
+    """
+    os.environ.setdefault("TVM_NUM_THREADS", str(len(os.sched_getaffinity(0))))
+    os.environ.setdefault("TVM_BIND_THREADS", "0")
     blocked = "torch" not in sys.modules
     if blocked:
         sys.modules["torch"] = None  # type: ignore[assignment]
