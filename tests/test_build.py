@@ -25,6 +25,7 @@ from tvm_sparse.config import parse_build
 from tvm_sparse.engine import Engine
 from tvm_sparse.errors import Refusal, run_command
 from tvm_sparse.evaluate import evaluate
+from tvm_sparse.evaluate import main as judge
 from tvm_sparse.prune import main as prune
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -68,6 +69,18 @@ def test_perplexity_is_that_of_transformers(artefact):
 
 
 @pytest.mark.slow
+def test_the_command_compares_distributions(artefact, capsys):
+    words = ["--text", str(EXAMPLES / "heldout.txt"), "--window", "100", "--max-tokens", "300", "--format", "json"]
+    judge([str(artefact), "--against", str(SPARSE), *words])
+    close = json.loads(capsys.readouterr().out)
+    assert 0 <= close["comparison"]["divergence"] < 2e-3 and close["comparison"]["same_top"] > 0.96
+    judge([str(artefact), "--against", str(EXAMPLES / "tiny-qwen3.5"), *words])
+    apart = json.loads(capsys.readouterr().out)
+    assert apart["comparison"]["divergence"] > 0.1 and apart["comparison"]["same_top"] < 0.9
+    assert apart["protocol"] == close["protocol"] and close["protocol"]["window"] == 100
+
+
+@pytest.mark.slow
 def test_prefill_decode_and_score_agree_and_repeat(artefact):
     engine = Engine(artefact, verify=True)
     whole = engine.prefill(IDS)
@@ -82,6 +95,20 @@ def test_prefill_decode_and_score_agree_and_repeat(artefact):
     engine.reset()
     logits = engine.prefill(IDS[:-1]).astype(np.float64)
     assert scores[-1] == pytest.approx(logits[IDS[-1]] - np.log(np.exp(logits).sum()), abs=0.05)
+
+
+@pytest.mark.slow
+def test_the_number_of_threads_changes_no_bit(artefact):
+    program = (
+        "import hashlib, sys; from tvm_sparse.engine import Engine; engine = Engine(sys.argv[1]); "
+        "print(hashlib.sha256(engine.prefill(range(5, 75)).tobytes() + engine.decode(3).tobytes()).hexdigest())"
+    )
+    hashes = {
+        subprocess.run([sys.executable, "-c", program, artefact], capture_output=True, text=True, check=True,
+                       env={**os.environ, "TVM_NUM_THREADS": threads}).stdout
+        for threads in ("1", "2", "3")
+    }  # fmt: skip
+    assert len(hashes) == 1
 
 
 @pytest.mark.slow

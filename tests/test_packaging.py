@@ -11,7 +11,7 @@ PACKAGE = ROOT / "tvm_sparse"
 ORDER = (
     ("tvm_sparse.errors", "tvm_sparse.command_line", "tvm_sparse.targets", "tvm_sparse.progress"),
     ("tvm_sparse.artefact.reader", "tvm_sparse.artefact.versions"),
-    ("tvm_sparse.engine", "tvm_sparse.generate"),
+    ("tvm_sparse.engine", "tvm_sparse.generate", "tvm_sparse.judges"),
     ("tvm_sparse.models.config",),
     ("tvm_sparse.layout", "tvm_sparse.checkpoint"),
     ("tvm_sparse.pruning",),
