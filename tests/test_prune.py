@@ -271,6 +271,7 @@ SETTINGS = [
     ["--prune", "wanda", "--pattern", "block:8x8", *CALIBRATE],
     ["--prune", "sparsegpt", *CALIBRATE],
     ["--prune", "admm", *CALIBRATE],
+    ["--prune", "sparsegpt", "--follow", "0.5", *CALIBRATE],
 ]
 
 
@@ -356,7 +357,9 @@ def test_activations_are_those_of_the_pruned_model_so_far(model, tmp_path):
 # ---- interrupted ----
 
 
-@pytest.mark.parametrize("argv", [SETTINGS[0], SETTINGS[2], SETTINGS[5], SETTINGS[7]], ids=lambda argv: argv[1])
+@pytest.mark.parametrize(
+    "argv", [SETTINGS[0], SETTINGS[2], SETTINGS[5], SETTINGS[7], SETTINGS[9]], ids=lambda argv: argv[1]
+)
 def test_an_interrupted_run_goes_on_and_ends_the_same(model, tmp_path, monkeypatch, argv):
     whole, out = tmp_path / "whole", tmp_path / "out"
     run(model, whole, *argv)
@@ -438,6 +441,8 @@ def test_a_disk_that_is_too_small_is_refused_before_any_work(model, tmp_path, mo
         (["--prune", "magnitude", "--exclude", "proj"], "nothing is left"),
         (["--prune", "magnitude", "--exclude", "nothing_like_it"], "matches no weight"),
         (["--prune", "magnitude", "--sparsity", "1"], "outside"),
+        (["--prune", "wanda", *CALIBRATE, "--follow", "0.5"], "sparsegpt or admm"),
+        (["--prune", "admm", *CALIBRATE, "--follow", "2"], "outside"),
         (["--prune", "gradual"], "invalid choice"),
     ],
 )

@@ -109,7 +109,7 @@ def _prune(request: PruneRequest, copy: CheckpointCopy, text: Calibration | None
     from tvm_sparse.pruning.layerwise import Method, prune_layers
 
     assert text is not None
-    method = Method(request.method, request.pattern, by_row=request.granularity == "row")
+    method = Method(request.method, request.pattern, request.granularity == "row", request.follow)
     prune_layers(copy, Decoder(copy.model.folder, request.device), text.ids, method, zeros)
 
 

@@ -7,6 +7,7 @@ model's depth.
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -59,15 +60,22 @@ class Decoder:
         layer.load_state_dict(tensors, assign=True)
         return layer.eval().requires_grad_(False)
 
-    def run(self, layer: nn.Module, hidden: torch.Tensor, what: str, keep: bool = True) -> None:
-        """Sends hidden states [samples, length, hidden] through a layer; `keep` puts the results in their place."""
+    def advance(self, layer: nn.Module, hidden: torch.Tensor, what: str) -> None:
+        """Puts a layer's outputs in the place of its inputs [samples, length, hidden]."""
+        for part in self.batches(hidden, what):
+            hidden[part] = self.forward(layer, hidden[part]).to(hidden.device)
+
+    def batches(self, hidden: torch.Tensor, what: str) -> Iterable[slice]:
+        """The sequences of hidden states in the parts that visit the device together."""
         samples, length, _ = hidden.shape
         step = max(1, _TOKENS // length)
-        positions = torch.arange(length, device=self.device).expand(3, 1, -1)
-        starts = range(0, samples, step)
-        for start in bar(starts, len(starts), "batch", what):
-            x = hidden[start : start + step].to(self.device)
-            with torch.inference_mode():
-                y = layer(x, position_embeddings=self._rotary(x, positions))
-            if keep:
-                hidden[start : start + step] = y.to(hidden.device)
+        parts = [slice(start, start + step) for start in range(0, samples, step)]
+        return bar(parts, len(parts), "batch", what)
+
+    def forward(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """A layer's outputs for x [samples, length, hidden], each sequence from position 0, on the device."""
+        x = x.to(self.device)
+        positions = torch.arange(x.shape[1], device=self.device).expand(3, 1, -1)
+        with torch.inference_mode():
+            y: torch.Tensor = layer(x, position_embeddings=self._rotary(x, positions))
+        return y

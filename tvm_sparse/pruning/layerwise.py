@@ -2,12 +2,15 @@
 
 Each layer is made, its matrices' inputs are summed over the calibration sequences, its matrices are pruned and
 written, and the sequences go on through the pruned layer. Layers of an interrupted run are only passed through.
+
+A method that follows the dense model has the same sequences go through the dense layers beside them, and prunes a
+layer's matrices one input after the other, so that each makes up for what the ones before it changed.
 """
 
 from __future__ import annotations
 
 import sys
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any
@@ -39,6 +42,10 @@ _GROUPS = (
 )
 
 
+Beside = tuple[nn.Module, torch.Tensor]
+"""The dense layer, and the hidden states of the dense model that go into it."""
+
+
 @dataclass(frozen=True)
 class Method:
     """How to prune: "wanda", "sparsegpt" or "admm"; `by_row` compares within rows, but for sparsegpt's own blocks."""
@@ -46,6 +53,7 @@ class Method:
     name: str
     pattern: Pattern
     by_row: bool
+    follow: float = 0.0  # by what share new outputs make up for inputs that are not the dense model's any more
 
 
 def layer_of(name: str) -> int | None:
@@ -63,15 +71,19 @@ def prune_layers(
     """
     model = copy.model
     hidden = decoder.embed(model, ids)
+    dense = hidden.clone() if method.follow else None
     last = max(layer_of(name) or 0 for name in zeros)
     for index in bar(range(last + 1), last + 1, "layer", f"prune by {method.name}"):
-        names = [name for name in zeros if layer_of(name) == index]
-        done = all(name in copy.done for name in names)
+        here = {name: count for name, count in zeros.items() if layer_of(name) == index}
+        done = all(name in copy.done for name in here)
         layer = decoder.layer(index, copy.pruned() if done else model)
+        beside = None if dense is None else (decoder.layer(index, model), dense)
         if not done:
-            _prune_layer(copy, decoder, layer, hidden, method, {name: zeros[name] for name in names})
+            _prune_layer(copy, decoder, layer, hidden, beside, method, here)
         if index < last:
-            decoder.run(layer, hidden, f"layer {index}")
+            decoder.advance(layer, hidden, f"layer {index}")
+            if beside is not None:
+                decoder.advance(*beside, f"layer {index}, dense")
 
 
 def outliers(
@@ -86,32 +98,42 @@ def outliers(
         layer = decoder.layer(index, model)
         here = {_module(name): name for name in wanted if layer_of(name) == index}
         scores = []
-        for inputs, group in _inputs(decoder, layer, hidden, here, whole=False, keep=True):
+        for inputs, group in _inputs(decoder, layer, hidden, None, here, whole=False):
             scores += [wanda_scores(_weight(layer, module), inputs.norms) for module in group]
         if scores:
             found[index] = outlier_share(scores, threshold)
+        if index < last:
+            decoder.advance(layer, hidden, f"layer {index}")
     return found
 
 
 def _prune_layer(
-    copy: CheckpointCopy, decoder: Decoder, layer: nn.Module, hidden: torch.Tensor, method: Method,
-    zeros: Mapping[str, int],
+    copy: CheckpointCopy, decoder: Decoder, layer: nn.Module, hidden: torch.Tensor, beside: Beside | None,
+    method: Method, zeros: Mapping[str, int],
 ) -> None:  # fmt: skip
-    here = {_module(name): name for name in zeros}
+    modules = {_module(name): name for name in zeros}
+    whole = method.name != "wanda"
     new: dict[str, list[torch.Tensor]] = {}
     facts: dict[str, dict[str, Any]] = {}
-    whole = method.name != "wanda"
-    for inputs, group in _inputs(decoder, layer, hidden, here, whole, keep=False):
-        factor = _factor(inputs, here[group[0]]) if method.name == "sparsegpt" else None
-        for module in group:
-            name, weight = here[module], _weight(layer, module)
-            if not bool(weight.isfinite().all()):
-                raise Refusal(f"tensor {name} holds NaN or infinity: repair the checkpoint, or give another one")
-            found = copy.rounded(name, _pruned(weight, inputs, factor, method, zeros[name]) + 0.0)  # no -0.0
-            layer.get_parameter(f"{module}.weight").copy_(found)
-            new[name] = [found]
-            facts[name] = _facts(found, weight, inputs, factor, whole)
+    for here in [modules] if beside is None else _one_by_one(modules):
+        for inputs, group in _inputs(decoder, layer, hidden, beside, here, whole):
+            factor = _factor(inputs, here[group[0]]) if method.name == "sparsegpt" else None
+            for module in group:
+                name, weight = here[module], _weight(layer, module)
+                if not bool(weight.isfinite().all()):
+                    raise Refusal(f"tensor {name} holds NaN or infinity: repair the checkpoint, or give another one")
+                moved = inputs.following(weight, method.follow)
+                found = copy.rounded(name, _pruned(moved, inputs, factor, method, zeros[name]) + 0.0)  # no -0.0
+                layer.get_parameter(f"{module}.weight").copy_(found)
+                new[name] = [found]
+                facts[name] = _facts(found, weight, inputs, factor, whole)
     copy.write(new, facts)
+
+
+def _one_by_one(modules: Mapping[str, str]) -> list[dict[str, str]]:
+    """The modules in waves, each with one input, in the order of the layer."""
+    waves = [{module: modules[module] for module in group if module in modules} for group in _GROUPS]
+    return [wave for wave in waves if wave]
 
 
 def _pruned(weight: torch.Tensor, inputs: Inputs, factor: Factor | None, method: Method, zeros: int) -> torch.Tensor:
@@ -124,24 +146,46 @@ def _pruned(weight: torch.Tensor, inputs: Inputs, factor: Factor | None, method:
 
 
 def _inputs(
-    decoder: Decoder, layer: nn.Module, hidden: torch.Tensor, here: Mapping[str, str], whole: bool, keep: bool
-) -> Iterator[tuple[Inputs, list[str]]]:
+    decoder: Decoder, layer: nn.Module, hidden: torch.Tensor, beside: Beside | None, here: Mapping[str, str],
+    whole: bool,
+) -> Iterator[tuple[Inputs, list[str]]]:  # fmt: skip
     """Sums the inputs of the modules in `here` over all sequences; yields them with the modules that share them."""
-    groups = [[module for module in group if module in here] for group in _GROUPS]
-    groups = [group for group in groups if group]
+    waves = [list(wave) for wave in _one_by_one(here)]
     sums = []
     with ExitStack() as hooks:
-        for group in groups:
-            module: Any = layer.get_submodule(group[0])
-            inputs = Inputs(module.in_features, whole, decoder.device)
-            handle = module.register_forward_pre_hook(lambda _, args, inputs=inputs: inputs.add(args[0]))
-            hooks.callback(handle.remove)
+        for wave in waves:
+            module: Any = layer.get_submodule(wave[0])
+            inputs = Inputs(module.in_features, whole, decoder.device, beside is not None)
+            dense = _Latest()
+            if beside is not None:
+                _hook(hooks, beside[0].get_submodule(wave[0]), dense.see)
+
+            def add(x: torch.Tensor, inputs: Inputs = inputs, dense: _Latest = dense) -> None:
+                inputs.add(x, dense.x)
+
+            _hook(hooks, module, add)
             sums.append(inputs)
-        decoder.run(layer, hidden, "inputs", keep)
-    for group, inputs in zip(groups, sums, strict=True):
+        for part in decoder.batches(hidden, "inputs"):
+            if beside is not None:
+                decoder.forward(beside[0], beside[1][part])
+            decoder.forward(layer, hidden[part])
+    for wave, inputs in zip(waves, sums, strict=True):
         if not inputs.finite:
-            raise Refusal(f"the inputs of {here[group[0]]} are not finite on this text: check the checkpoint")
-        yield inputs, group
+            raise Refusal(f"the inputs of {here[wave[0]]} are not finite on this text: check the checkpoint")
+        yield inputs, wave
+
+
+class _Latest:
+    """What a module was last given."""
+
+    x: torch.Tensor | None = None
+
+    def see(self, x: torch.Tensor) -> None:
+        self.x = x
+
+
+def _hook(hooks: ExitStack, module: nn.Module, see: Callable[[torch.Tensor], None]) -> None:
+    hooks.callback(module.register_forward_pre_hook(lambda _, args: see(args[0])).remove)
 
 
 def _factor(inputs: Inputs, name: str) -> Factor:

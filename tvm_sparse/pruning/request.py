@@ -19,6 +19,7 @@ GRANULARITIES = {
     "sparsegpt": ("block",),
     "admm": ("matrix", "row"),
 }
+UPDATING = ("sparsegpt", "admm")
 SAMPLES, LENGTH = 128, 2048
 
 
@@ -40,6 +41,7 @@ class PruneRequest:
     allocation: str
     owl_threshold: float
     owl_reach: float
+    follow: float
     device: str
     out: Path
 
@@ -56,6 +58,8 @@ class PruneRequest:
         }
         if self.allocation == "owl":
             facts |= {"owl_threshold": self.owl_threshold, "owl_reach": self.owl_reach}
+        if self.follow:
+            facts["follow"] = self.follow
         return facts
 
 
@@ -78,6 +82,8 @@ def parse_prune(argv: Sequence[str]) -> PruneRequest:
     add("--allocation", default="uniform", choices=("uniform", "owl"), help="owl: layers with more outliers keep more")
     add("--owl-threshold", type=float, default=OWL_THRESHOLD, help="an outlier is over so many times the mean")
     add("--owl-reach", type=float, default=OWL_REACH, help="how far layers may differ from the mean sparsity")
+    add("--follow", type=float, default=0.0, metavar="SHARE", help="sparsegpt and admm: by what "
+        "share new weights make up for inputs that are not the dense model's any more; 0.5 is good")  # fmt: skip
     add("--device", default="cpu", help="cpu, cuda or cuda:N")
     add("--out", type=Path, required=True, help="the new checkpoint")
     args = parser.parse_args(argv)
@@ -89,6 +95,11 @@ def parse_prune(argv: Sequence[str]) -> PruneRequest:
             raise Refusal(f"--{flag} {getattr(args, flag)} must be at least 1")
     if args.owl_threshold <= 0 or not 0 < args.owl_reach < 1:
         raise Refusal("--owl-threshold must be over 0, --owl-reach between 0 and 1: the paper has 5 and 0.08")
+    if not 0 <= args.follow <= 1:
+        raise Refusal(f"--follow {args.follow:g} is outside [0, 1]: 0.5 is good")
+    if args.follow and args.prune not in UPDATING:
+        raise Refusal(f"--follow does not go with --prune {args.prune}, which changes no weight that stays: choose "
+                      f"{' or '.join(UPDATING)}")  # fmt: skip
     pattern = parse_pattern(args.pattern, args.sparsity)
     _check_method(args.prune, args.granularity, pattern, args.allocation)
     if args.text is None and needs_text(args.prune, args.allocation):
@@ -110,6 +121,7 @@ def parse_prune(argv: Sequence[str]) -> PruneRequest:
         allocation=args.allocation,
         owl_threshold=args.owl_threshold,
         owl_reach=args.owl_reach,
+        follow=args.follow,
         device=_device(args.device) if needs_text(args.prune, args.allocation) else "cpu",
         out=args.out,
     )
