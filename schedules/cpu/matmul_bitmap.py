@@ -43,7 +43,7 @@ class BitmapRows:
         if self.ahead and u % 2 == 0:
             T.evaluate(self.isa.prefetch(T.address_of(self.values[self.at[r] + self.skip[r]])))
         if self.ahead and u == 0:
-            place = self.mask[self.rows[r], i + 16 * self.ahead] if self.alone else self.mask[self.following[r], i]
+            place = self.mask[self.rows[r], i + 4 * self.ahead] if self.alone else self.mask[self.following[r], i]
             T.evaluate(self.isa.prefetch(T.address_of(place)))
 
     def block(self, r: int, i) -> None:

@@ -74,7 +74,7 @@ def space(spec: KernelSpec) -> tuple[Decision, ...]:
         Decision("unroll", (2, 4, 8), 8),
         Decision("accumulators", (8, 16, 24), 16 if wide else 8),
         Decision("chunk", (16, 32, 64), 32),
-        Decision("prefetch", (0, 4, 8, 16, 32), 16),
+        Decision("prefetch", (0, 16, 32, 64, 128), 128),
     )
 
 
