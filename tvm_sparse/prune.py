@@ -12,10 +12,12 @@ from collections.abc import Mapping, Sequence
 from math import prod
 from typing import Any
 
+import torch
+
 from tvm_sparse import __version__
 from tvm_sparse.checkpoint import open_checkpoint
 from tvm_sparse.checkpoint.folder import FolderCheckpoint, read_json
-from tvm_sparse.errors import Refusal, run_command
+from tvm_sparse.errors import Refusal, Stopped, run_command
 from tvm_sparse.pruning import Pruner, select
 from tvm_sparse.pruning.allocation import by_layer, layer_sparsities, uniform
 from tvm_sparse.pruning.by_magnitude import prune_globally, prune_matrices
@@ -36,7 +38,8 @@ def main(argv: Sequence[str]) -> None:
 def prune(request: PruneRequest) -> dict[str, Any]:
     """Makes the checkpoint `request.out` and returns what its sparsity.json says.
 
-    Raises Refusal before anything is written to OUT, and Stopped where finished work is kept: a full disk.
+    Raises Refusal before anything is written to OUT, and Stopped where finished work is kept: a full disk, or
+    a device without room for a layer.
     """
     model = open_checkpoint("auto", model=request.model)
     if not isinstance(model, FolderCheckpoint):
@@ -54,8 +57,11 @@ def prune(request: PruneRequest) -> dict[str, Any]:
     with CheckpointCopy(model, request.out, fingerprint) as copy:
         for name in copy.left_behind:
             print(f"  left out: {name}, the model as it was in another file", file=sys.stderr)
-        zeros = _zeros(request, copy, text, shapes)
-        _prune(request, copy, text, zeros)
+        try:
+            _prune(request, copy, text, _zeros(request, copy, text, shapes))
+        except torch.OutOfMemoryError as error:
+            raise Stopped(f"{request.device} has too little free memory for a layer: make room there and run the same "
+                          "command again, or pass --device cpu") from error  # fmt: skip
         summary = {"tvm_sparse": __version__, "fingerprint": fingerprint, **request.to_json()}
         if text is not None:
             summary["calibration"] = text.to_json()

@@ -107,8 +107,8 @@ class CheckpointCopy:
         if self.folder.exists() and not (self.folder / JOURNAL).is_file():
             raise Refusal(f"{self.folder} is in the way and not of an earlier run: remove it, or give another --out")
         parent = next(folder for folder in (out, *out.parents) if folder.exists())
-        if not os.access(parent, os.W_OK):
-            raise Refusal(f"--out {self.out} cannot be written: {parent} is read-only")
+        if not parent.is_dir() or not os.access(parent, os.W_OK):
+            raise Refusal(f"--out {self.out} cannot be made: {parent} is no folder to write to")
         missing = [name for name in self._files if not (self.folder / name).exists()]
         need = sum((self.model.folder / name).stat().st_size for name in missing)
         free = shutil.disk_usage(parent).free
