@@ -106,3 +106,15 @@ def test_results_do_not_depend_on_the_number_of_threads_nor_on_other_tokens(name
     assert torch.equal(run(spec, weight, x), alone)
     other = torch.cat([x[:4], torch.full((4, 320), float("nan"))])
     assert torch.equal(run(spec, weight, other)[:4], alone[:4])
+
+
+@pytest.mark.parametrize("k", [640, 359])
+def test_bitmap_rows_of_few_values_beside_rows_of_many(isa, k):
+    """Where 64 columns hold more than 16 values in a row of few, where none, and at the row's ragged end."""
+    generator = torch.Generator().manual_seed(k)
+    weight = torch.randn(40, k, generator=generator) * (torch.rand(40, k, generator=generator) < 0.1)
+    weight[3, 64:128], weight[4, 0:16], weight[5, 63:80] = 1, 2, 3
+    weight[6], weight[7], weight[8, 128:192] = 0, torch.randn(k, generator=generator), 0
+    weight, x = weight.bfloat16(), torch.randn(1, k, generator=generator).bfloat16()
+    spec = KernelSpec(CHOICES["bitmap"], 40, k, 1, "bfloat16", "float32", isa)
+    assert close(run(spec, weight, x), x, weight)

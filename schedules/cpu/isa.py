@@ -9,6 +9,11 @@ A step is `lanes` columns of one row of W. `vector` is the type that holds a ste
     dot_<dtype of x>(acc, vector, x)   acc + the step's products, x read from memory
     sum(acc) -> float32                in a fixed order
 
+avx512 has a second way for bfloat16 x and masks of few bits, 64 columns at a time:
+
+    few(acc, mask, values, x)          acc + the products of 64 columns
+    few_count(mask) -> int64           the values they have
+
 TVM's own bfloat16 arithmetic and its mask type stop short of these instructions, so they come as LLVM text that is
 inlined into the kernels. Loads are marked invariant: nothing a kernel reads is written while it runs.
 
@@ -48,7 +53,8 @@ class Isa:
     @property
     def llvm(self) -> str:
         body = self.text.replace("DEFINE", "define weak_odr").replace("@ts_", f"@ts_{self.prefix}_")
-        return f'target triple = "{self.triple}"\n{body.replace("ATTRS", self.attributes)}\n!0 = !{{}}\n'
+        facts = '!0 = !{}\n!1 = !{!"branch_weights", i32 1000, i32 1}'
+        return f'target triple = "{self.triple}"\n{body.replace("ATTRS", self.attributes)}\n{facts}\n'
 
     @property
     def prefix(self) -> str:
@@ -69,6 +75,12 @@ class Isa:
 
     def dot(self, x_dtype: str, acc, vector, x) -> tirx.PrimExpr:
         return self._call(self.acc, f"dot_{x_dtype}", acc, vector, x)
+
+    def few(self, acc, mask, values, x) -> tirx.PrimExpr:
+        return self._call(self.acc, "few_bfloat16", acc, mask, values, x)
+
+    def few_count(self, mask) -> tirx.PrimExpr:
+        return self._call("int64", "few_count", mask)
 
     def sum(self, acc) -> tirx.PrimExpr:
         return self._call("float32", "sum", acc)
@@ -110,6 +122,56 @@ DEFINE <16 x i32> @ts_expand_half(ptr %p, i32 %bits) ATTRS {
   %r = bitcast <32 x i16> %e to <16 x i32>
   ret <16 x i32> %r
 }
+DEFINE <16 x float> @ts_few_bfloat16(<16 x float> %acc, ptr %mask, ptr %p, ptr %x) ATTRS {
+  ; 64 columns: their numbers are compressed under the mask, x is picked by them, and the values stay as they are.
+  %m = load i64, ptr %mask, align 4, !invariant.load !0
+  %n = call i64 @llvm.ctpop.i64(i64 %m)
+  %y = getelementptr i16, ptr %x, i64 32
+  %few = icmp ule i64 %n, 16
+  br i1 %few, label %pick, label %spread, !prof !1
+pick:
+  %x0 = load <32 x i16>, ptr %x, align 2, !invariant.load !0
+  %x1 = load <32 x i16>, ptr %y, align 2, !invariant.load !0
+  %k = bitcast i64 %m to <64 x i1>
+  ; -1 after the last. As text, because LLVM would make -1 out of the register's last use and so wait for it,
+  %c = call <64 x i8> asm "vmovdqa64 $1, $0; vpcompressb $2, $0 {$3}", "=&v,v,v,^Yk"(
+    <64 x i8> splat (i8 -1), <64 x i8> NUMBERS, <64 x i1> %k)
+  %h = shufflevector <64 x i8> %c, <64 x i8> poison, <16 x i32> <i32 0, i32 1, i32 2, i32 3, i32 4, i32 5, i32 6, i32 7,
+    i32 8, i32 9, i32 10, i32 11, i32 12, i32 13, i32 14, i32 15>
+  %i = sext <16 x i8> %h to <16 x i16>
+  ; and would make a mask register of this.
+  %none = call <16 x i16> asm "vpsraw $$15, $1, $0", "=v,v"(<16 x i16> %i)
+  %stored = xor <16 x i16> %none, splat (i16 -1)
+  %v = load <16 x i16>, ptr %p, align 2, !invariant.load !0
+  %w = and <16 x i16> %v, %stored
+  %iz = shufflevector <16 x i16> %i, <16 x i16> zeroinitializer, <32 x i32> <WIDE>
+  %wz = shufflevector <16 x i16> %w, <16 x i16> zeroinitializer, <32 x i32> <WIDE>
+  %g = call <32 x i16> @llvm.x86.avx512.vpermi2var.hi.512(<32 x i16> %x0, <32 x i16> %iz, <32 x i16> %x1)
+  %wb = bitcast <32 x i16> %wz to <32 x bfloat>
+  %gb = bitcast <32 x i16> %g to <32 x bfloat>
+  %r = call <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float> %acc, <32 x bfloat> %wb, <32 x bfloat> %gb)
+  ret <16 x float> %r
+spread:
+  %low = trunc i64 %m to i32
+  %rest = lshr i64 %m, 32
+  %high = trunc i64 %rest to i32
+  %q = call i32 @llvm.ctpop.i32(i32 %low)
+  %o = zext i32 %q to i64
+  %p1 = getelementptr i16, ptr %p, i64 %o
+  %w0 = call <16 x i32> @ts_expand(ptr %p, i32 %low)
+  %w1 = call <16 x i32> @ts_expand(ptr %p1, i32 %high)
+  %a = call <16 x float> @ts_dot_bfloat16(<16 x float> %acc, <16 x i32> %w0, ptr %x)
+  %b = call <16 x float> @ts_dot_bfloat16(<16 x float> %a, <16 x i32> %w1, ptr %y)
+  ret <16 x float> %b
+}
+DEFINE i64 @ts_few_count(ptr %mask) ATTRS {
+  %m = load i64, ptr %mask, align 4, !invariant.load !0
+  %n = call i64 @llvm.ctpop.i64(i64 %m)
+  ret i64 %n
+}
+declare i64 @llvm.ctpop.i64(i64)
+declare i32 @llvm.ctpop.i32(i32)
+declare <32 x i16> @llvm.x86.avx512.vpermi2var.hi.512(<32 x i16>, <32 x i16>, <32 x i16>)
 DEFINE <16 x i32> @ts_load(ptr %p) ATTRS {
   %v = load <16 x i32>, ptr %p, align 2, !invariant.load !0
   ret <16 x i32> %v
@@ -148,6 +210,14 @@ declare <16 x float> @llvm.fma.v16f32(<16 x float>, <16 x float>, <16 x float>)
 declare <32 x i16> @llvm.x86.avx512.mask.expand.v32i16(<32 x i16>, <32 x i16>, <32 x i1>)
 declare <16 x float> @llvm.x86.avx512bf16.dpbf16ps.512(<16 x float>, <32 x bfloat>, <32 x bfloat>)
 """
+
+
+def _lanes(numbers) -> str:
+    return ", ".join(f"i32 {number}" for number in numbers)
+
+
+_AVX512 = _AVX512.replace("NUMBERS", f"<{', '.join(f'i8 {i}' for i in range(64))}>")
+_AVX512 = _AVX512.replace("WIDE", _lanes([*range(16), *[16] * 16]))
 
 _EIGHT = """
 DEFINE <8 x float> @ts_load(ptr %p) ATTRS {

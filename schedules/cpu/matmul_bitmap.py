@@ -19,9 +19,9 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tirx.PrimFunc:
     return row_tile.build(spec, decisions, BitmapRows)
 
 
-class BitmapRows:
+class BitmapRows(row_tile.Rows):
     def __init__(self, isa: Isa, buffers, count: int, spec: KernelSpec, prefetch: int):
-        self.isa, self.ahead = isa, prefetch
+        self.isa, self.ahead, self.spec = isa, prefetch, spec
         self.mask, self.row_start, self.values = buffers
         self.rows: dict[int, tirx.PrimExpr] = {}
         self.following: dict[int, tirx.PrimExpr] = {}
@@ -67,3 +67,18 @@ class BitmapRows:
 
     def advance_scalar(self, r: int) -> None:
         T.buffer_store(self.at, self.at[r] + T.int64(1), [r])
+
+    def few(self, r: int):
+        """At most a sixth of the columns: then hardly any 64 of them have more than the 16 values one step takes."""
+        if self.isa.lanes < 32 or self.spec.x_dtype != "bfloat16":
+            return None
+        row = self.rows[r]
+        return (self.row_start[row + 1] - self.row_start[row]) * 6 <= self.spec.k
+
+    def pair(self, r: int, i, acc, x):
+        mask, values = self.mask[self.rows[r], i], self.values[self.at[r]]
+        return self.isa.few(acc, T.address_of(mask), T.address_of(values), x)
+
+    def advance_pair(self, r: int, i) -> None:
+        count = self.isa.few_count(T.address_of(self.mask[self.rows[r], i]))
+        T.buffer_store(self.at, self.at[r] + count, [r])

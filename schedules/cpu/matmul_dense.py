@@ -26,7 +26,7 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tirx.PrimFunc:
     return row_tile.build(spec, decisions, DenseRows)
 
 
-class DenseRows:
+class DenseRows(row_tile.Rows):
     def __init__(self, isa: Isa, buffers, count: int, spec: KernelSpec, prefetch: int):
         self.isa, self.ahead = isa, prefetch
         (self.weight,) = buffers

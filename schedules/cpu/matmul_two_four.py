@@ -19,7 +19,7 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tirx.PrimFunc:
     return row_tile.build(spec, decisions, TwoFourRows)
 
 
-class TwoFourRows:
+class TwoFourRows(row_tile.Rows):
     def __init__(self, isa: Isa, buffers, count: int, spec: KernelSpec, prefetch: int):
         self.isa, self.ahead = isa, prefetch
         self.values, self.meta = buffers

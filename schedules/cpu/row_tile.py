@@ -59,6 +59,18 @@ class Rows(Protocol):
     def advance_scalar(self, r: int) -> None:
         """Goes past a stored column."""
 
+    def few(self, r: int) -> tirx.PrimExpr | None:
+        """Whether the row has so few values that `pair` is faster; None: there is no such way."""
+        return None
+
+    def pair(self, r: int, i, acc, x) -> tirx.PrimExpr:
+        """acc + the products of blocks i and i + 1 of a row of few values."""
+        raise NotImplementedError
+
+    def advance_pair(self, r: int, i) -> None:
+        """Goes past both blocks."""
+        raise NotImplementedError
+
 
 def space(spec: KernelSpec) -> tuple[Decision, ...]:
     """`rows` are those of a tile of several tokens, `unroll` the accumulators of a single one.
@@ -131,12 +143,27 @@ class _Tile:
                 self.streams.start(r, self.first + row, following)
             for a in range(self.count * self.width * self.unroll):
                 T.buffer_store(self.accs, self.isa.zero(), [a])
-            with T.serial(0, self.blocks // self.stride) as i:
-                for u in range(self.stride):
-                    self._block(i * self.stride + u, u)
-            for u in range(self.blocks % self.stride):
-                self._block(T.int32(self.blocks // self.stride * self.stride + u), u)
+            few = self.streams.few(0) if self.width == 1 else None
+            if few is None:
+                self._columns(self._block, 1)
+            else:
+                with T.If(few):
+                    with T.Then():
+                        self._columns(self._pair, 2)
+                    with T.Else():
+                        self._columns(self._block, 1)
             self._finish(rows)
+
+    def _columns(self, step, blocks: int) -> None:
+        """`step` for all whole blocks, `blocks` at a time; what they leave goes one by one."""
+        with T.serial(0, self.blocks // self.stride) as i:
+            for u in range(0, self.stride, blocks):
+                step(i * self.stride + u, u)
+        first, rest = self.blocks // self.stride * self.stride, self.blocks % self.stride
+        for u in range(0, rest // blocks * blocks, blocks):
+            step(T.int32(first + u), u)
+        for u in range(rest // blocks * blocks, rest):
+            self._block(T.int32(first + u), u)
 
     def _rows(self, group) -> list:
         """The group's rows in the chunk; one past the end computes the chunk's last row again."""
@@ -157,6 +184,13 @@ class _Tile:
                     T.buffer_store(self.accs, isa.dot(self.spec.x_dtype, self.accs[a], self.weights[r], place), [a])
         for r in range(self.count):
             streams.advance(r, i)
+
+    def _pair(self, i, u: int) -> None:
+        self.streams.prefetch(0, i, u)
+        a = u // 2 % self.unroll
+        x = T.address_of(self.x[self.tokens[0], i * BLOCK])
+        T.buffer_store(self.accs, self.streams.pair(0, i, self.accs[a], x), [a])
+        self.streams.advance_pair(0, i)
 
     def _finish(self, rows: list) -> None:
         """Adds the accumulators up, then the last K mod 32 columns, and stores y."""
