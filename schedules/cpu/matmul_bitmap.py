@@ -39,8 +39,8 @@ class BitmapRows(row_tile.Rows):
         T.buffer_store(self.skip, further, [r])
 
     def prefetch(self, r: int, i, u: int) -> None:
-        # Two blocks hold a cache line of values at density 0.5; sixteen share one of the mask.
-        if self.ahead and u % 2 == 0:
+        # Two blocks hold a cache line of values at density 0.5, but where lines end changes; sixteen share one of mask.
+        if self.ahead:
             T.evaluate(self.isa.prefetch(T.address_of(self.values[self.at[r] + self.skip[r]])))
         if self.ahead and u == 0:
             place = self.mask[self.rows[r], i + 4 * self.ahead] if self.alone else self.mask[self.following[r], i]

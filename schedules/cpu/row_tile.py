@@ -82,9 +82,9 @@ def space(spec: KernelSpec) -> tuple[Decision, ...]:
     tokens = 1 if spec.m == 1 else min(8, 1 << (spec.m - 1).bit_length()) if spec.m else 8
     return (
         Decision("tokens", tuple(t for t in (1, 2, 4, 8) if t <= tokens), min(tokens, 8 if wide else 4)),
-        Decision("rows", (1, 2, 3, 4), 2),
+        Decision("rows", (1, 2, 3, 4), 3 if wide else 2),
         Decision("unroll", (2, 4, 8), 8),
-        Decision("accumulators", (8, 16, 24), 16 if wide else 8),
+        Decision("accumulators", (8, 16, 24), 24 if wide else 8),
         Decision("chunk", (16, 32, 64), 32),
         Decision("prefetch", (0, 16, 32, 64, 128), 128),
     )

@@ -11,6 +11,7 @@ import platform
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
+from datetime import date
 from functools import partial
 from math import ceil, exp, log
 
@@ -45,7 +46,7 @@ class Options:
 def main(argv: Sequence[str]) -> None:
     options = parse(argv)
     rows = [row for threads in options.threads for row in measure_all(options, threads)]
-    print(render(rows + geometric_means(rows), options.fmt, machine()))
+    print(render(rows + geometric_means(rows), options.fmt, origin(argv)))
 
 
 def parse(argv: Sequence[str]) -> Options:
@@ -193,14 +194,20 @@ def geometric_means(rows: Sequence[Row]) -> list[Row]:
     ]  # fmt: skip
 
 
-def machine() -> dict[str, object]:
+def origin(argv: Sequence[str]) -> dict[str, object]:
+    """What was run, when and where."""
     model = platform.processor() or platform.machine()
     try:
         with open("/proc/cpuinfo") as facts:
             model = next(line.split(":", 1)[1].strip() for line in facts if line.startswith("model name"))
     except (OSError, StopIteration):
         pass
-    return {"machine": f"{model}, {len(os.sched_getaffinity(0))} cores", "torch": torch.__version__}
+    return {
+        "command": " ".join(["python -m tvm_sparse.bench kernels", *argv]),
+        "date": date.today().isoformat(),
+        "machine": f"{model}, {len(os.sched_getaffinity(0))} cores",
+        "torch": torch.__version__,
+    }
 
 
 __all__ = ["Options", "Times", "main", "parse"]
