@@ -31,7 +31,8 @@ def main() -> None:
     sparse, dense = str(OUT / "demo-sparse75"), str(OUT / "demo-dense")
     cpu = ("--target", "cpu", "--context", "1024")
     run("three weights of four are zero in this checkpoint; --prune none keeps its own zeros",
-        "tvm_sparse.build", "--model", "examples/tiny-qwen3.5-sparse75", "--prune", "none", *cpu, "--out", sparse)  # fmt: skip
+        "tvm_sparse.build", "--model", "examples/tiny-qwen3.5-sparse75", "--prune", "none", *cpu,
+        "--out", sparse)  # fmt: skip
     run("its dense sibling",
         "tvm_sparse.build", "--model", "examples/tiny-qwen3.5", "--sparsity", "0", *cpu, "--out", dense)  # fmt: skip
     for name in (sparse, dense):
