@@ -124,6 +124,8 @@ DEFINE <16 x i32> @ts_expand_half(ptr %p, i32 %bits) ATTRS {
 }
 DEFINE <16 x float> @ts_few_bfloat16(<16 x float> %acc, ptr %mask, ptr %p, ptr %x) ATTRS {
   ; 64 columns: their numbers are compressed under the mask, x is picked by them, and the values stay as they are.
+  ; Two expansions need 6 operations of the two units that shuffle and write masks, this 5, and it reads 32 bytes of
+  ; values instead of twice 64 that cross cache lines (Zen 5, 90 % zeros: 1.05 ns against 1.44).
   %m = load i64, ptr %mask, align 4, !invariant.load !0
   %n = call i64 @llvm.ctpop.i64(i64 %m)
   %y = getelementptr i16, ptr %x, i64 32

@@ -33,15 +33,15 @@ class Speed:
 
 
 SPEEDS = {
-    # One thread of the 2-core development machine (EPYC with AVX-512 VBMI2 and BF16), billion dense elements a second
-    # at 50 / 75 / 90 % zeros: bitmap 12.9 / 23.7 / 42.6, delta 7.9 / 15.6 / 33 to 38, torch bf16 5.7. In bytes that is
-    # 14.5e9, 7.9e9 and 11.4e9 a second at any sparsity: the shares, of the 50e9 in targets.py. Dense is our own kernel,
-    # not torch's: assumed to stream as bitmap does, and so are 2:4 and block. Further tokens: one load and one
-    # vdpbf16ps for 32 elements; the delta stream gathers again for each.
-    ("dense", "cpu"): Speed(1e-6, 0.29, per_element=10e-12),
-    ("bitmap", "cpu"): Speed(1e-6, 0.29, per_element=10e-12),
-    ("2:4", "cpu"): Speed(1e-6, 0.29, per_element=10e-12),
-    ("block", "cpu"): Speed(1e-6, 0.29, per_element=10e-12),
+    # One thread of a 2-core virtual machine (EPYC, Zen 5), shares of the 50e9 bytes a second in targets.py. Bitmap:
+    # tuning_logs/cpu/bench/kernels.md, median over five shapes 30 / 22 / 20e9 bytes a second at 50 / 75 / 90 % zeros;
+    # a further token took 5.8 / 4.3 / 6.0e-12 seconds an element at [5120, 17408]. Dense is our own kernel, not
+    # torch's: assumed to stream as bitmap does, and so are 2:4 and block. Delta: 7.9e9 bytes a second in a prototype
+    # in C; it gathers again for each token.
+    ("dense", "cpu"): Speed(1e-6, 0.44, per_element=5.5e-12),
+    ("bitmap", "cpu"): Speed(1e-6, 0.44, per_element=5.5e-12),
+    ("2:4", "cpu"): Speed(1e-6, 0.44, per_element=5.5e-12),
+    ("block", "cpu"): Speed(1e-6, 0.44, per_element=5.5e-12),
     ("delta", "cpu"): Speed(1e-6, 0.158, per_word=250e-12),
     # H200, 4.8e12 bytes a second. Dense: 83.2 us at [34816, 5120], 16.8 us at [5120, 6144]. Delta: 23.25 us and 7.7 us
     # at 75 %, with the floor of a stream that does nothing else at 94 % of bandwidth; 3.5 instructions a word and 2 for
