@@ -13,7 +13,8 @@ from tvm_sparse.formats import FORMATS, measure, pack, unpack
 
 DELTA = FORMATS["delta"]
 ANY = [FORMATS["dense"].choice(), FORMATS["bitmap"].choice(), FORMATS["block"].choice(rows=3, cols=5)]
-ANY += [DELTA.choice(gap_bits=g, segments=s) for g, s in ((3, 8), (4, 8), (4, 1), (5, 3), (6, 8))]
+CUTS = ((3, 2, 1), (4, 132, 16), (4, 1, 1), (5, 5, 3), (6, 40, 2))
+ANY += [DELTA.choice(gap_bits=g, bins=b, warps=w) for g, b, w in CUTS]
 TWO_FOUR = FORMATS["2:4"].choice()
 
 
@@ -82,24 +83,38 @@ def test_nan_and_infinity_are_refused(choice, value):
 
 
 def walk(packed, x: np.ndarray) -> np.ndarray:
-    """y = W x the way a kernel lane does it: word by word, no check of any column. x ends in PAST zeros."""
+    """y = W x the way a bin's lanes do it: chunk by chunk, parts added in order, no check of any column in a chunk.
+
+    x ends in PAST zeros: an IndexError would say that a lane runs too far.
+    """
     part = {name: t.view(torch.int16 if t.itemsize == 2 else t.dtype).numpy() for name, t in packed.buffers.items()}
-    g, base = packed.choice.option("gap_bits"), int(part["scale"][0])
+    g, warps, base = packed.choice.option("gap_bits"), packed.choice.option("warps"), int(part["scale"][0])
     value_mask = 0x80000000 | ((1 << 15 - g) - 1) << 16
-    y = np.zeros(packed.shape[0])
-    for group, lane in np.ndindex(len(part["seg_chunk"]), 32):
-        total = 0.0
-        for segment, column in enumerate(part["seg_col"][group, :, lane]):
-            begin, end = part["seg_chunk"][group, segment : segment + 2]
-            for word in part["words"].view(np.uint16)[begin:end, lane].reshape(-1).astype(np.uint32):
-                column += int(word >> 15 - g) % (1 << g) + 1
-                value = ((word << 16) & value_mask).astype(np.uint32).view(np.float32)
-                total += float(value) * x[column]  # IndexError would say that a lane runs too far
-        if (row := part["row_of"][group * 32 + lane]) >= 0:
-            y[row] = total * 2.0**base
-    for row in range(packed.shape[0]):
-        for i in range(part["res_start"][row], part["res_start"][row + 1]):
-            y[row] += float(from_bits(part["res_val"].view(np.uint16)[i : i + 1])[0]) * x[part["res_col"][i]]
+    res_val = packed.buffers["res_val"].double().numpy()
+    words, k = part["words"].view(np.uint16).astype(np.uint32), packed.shape[1]
+    bins, steps = words.shape[:2]
+    y = np.full(packed.shape[0], np.nan)
+    for bin in range(bins):
+        row_of, ends, part_begin, res_begin = part["rows"][bin]
+        parts, linear = {}, 0
+        for stream, (warp, lane) in enumerate(np.ndindex(warps, 32)):
+            start = int(part["lanes"][bin, stream])
+            rank, column, total = start >> 16, (start & 0xFFFF) - 1, 0.0
+            for step in range(steps * warp // warps, steps * (warp + 1) // warps):
+                while ends[rank] == linear:
+                    assert parts.setdefault(stream + rank, total) is total
+                    rank, column, total = rank + 1, -1, 0.0
+                column, linear = min(column, k - 1), linear + 1
+                for word in words[bin, step, lane]:
+                    column += int(word >> 15 - g) % (1 << g) + 1
+                    total += float(((word << 16) & value_mask).astype(np.uint32).view(np.float32)) * x[column]
+            assert parts.setdefault(stream + rank, total) is total
+        for rank, row in enumerate(row_of[:-1]):
+            if row >= 0:
+                own = range(part_begin[rank], part_begin[rank + 1])
+                rest = range(res_begin[rank], res_begin[rank + 1])
+                y[row] = sum(parts[p] for p in own) * 2.0**base
+                y[row] += sum(float(res_val[i]) * x[part["res_col"][i]] for i in rest)
     return y
 
 
@@ -133,8 +148,8 @@ def test_residual_and_window():
     weight = torch.zeros(2, 40, dtype=torch.bfloat16)
     weight[0, :20] = 0.01
     weight[0, 30], weight[1, 3], weight[1, 39] = 2.0**127, 2.0**-130, -(2.0**100)
-    packed = pack(weight, DELTA.choice())
-    assert packed.buffers["res_start"].tolist() == [0, 1, 3]
+    packed = pack(weight, DELTA.choice(bins=1, warps=1))
+    assert packed.buffers["rows"][0].tolist() == [[0, 1, -1, -1], [3, 3, 2**30, 2**30], [0, 1, 33, 34], [0, 1, 3, 3]]
     assert packed.buffers["res_col"].tolist() == [30, 3, 39]
     assert packed.buffers["res_val"].tolist() == [2.0**127, 2.0**-130, -(2.0**100)]
     assert 0 <= int(packed.buffers["scale"]) <= 223

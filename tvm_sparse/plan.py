@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
-from math import ceil, prod
+from math import ceil, prod, sqrt
 from statistics import NormalDist
 
 from tvm_sparse.formats import FORMATS, FormatChoice, Stats
 from tvm_sparse.formats.speed import seconds
-from tvm_sparse.formats.stats import CHUNK, GAP_BITS, GROUP
+from tvm_sparse.formats.stats import CHUNK, GAP_BITS
 from tvm_sparse.layout import Layout, RuntimeParam
 from tvm_sparse.models.config import ModelConfig, tensors
 from tvm_sparse.pruning import Pattern
@@ -88,13 +88,15 @@ def decide(
 ) -> PlanEntry:
     """The fastest format for `batch` tokens at once, over all machines of a library together.
 
-    Every machine weighs the same: what counts is time against dense. Two thumbs lie on the scale. Dense stays where
+    Every machine weighs the same: what counts is time against dense. Where a format is cut for a machine, it is cut for
+    the first. Two thumbs lie on the scale. Dense stays where
     nothing saves 5 %: it serves prefill and every batch as it is. A matrix with structure (2:4, blocks) keeps its own
     format where that loses less than 15 %: only there can the tensor cores use it. `formats` narrows the choice;
     where none of them fits the matrix stays dense.
     """
     dense = FORMATS["dense"].choice()
-    candidates = [choice for name in FORMATS if name in formats for choice in FORMATS[name].choices(stats)] or [dense]
+    made = [choice for name in FORMATS if name in formats for choice in FORMATS[name].choices(stats, machines[0])]
+    candidates = made or [dense]
     times = {choice: {m.name: seconds(stats, choice, m, batch) for m in machines} for choice in {*candidates, dense}}
     ratio = {c: sum(times[c][m] / times[dense][m] for m in times[dense]) / len(machines) for c in candidates}
     size = {choice: FORMATS[choice.name].nbytes(stats, choice) for choice in candidates}
@@ -164,11 +166,12 @@ def expected_stats(shape: tuple[int, int], density: float, pattern: Pattern | No
     """Statistics of a matrix whose zeros fall at random: gaps are geometric, values the largest of normal ones."""
     n, k = shape
     nnz = round(density * n * k)
-    words, chunks = {}, {}
+    words, chunks, longest = {}, {}, {}
     for g in GAP_BITS:
         reach = (1 - density) ** (1 << g)  # a gap is longer than one word reaches
         words[g] = min(n * k, round(nnz * (1 + (reach / (1 - reach) if reach < 1 else k)))) if nnz else 0
-        chunks[g] = ceil(n / GROUP) * ceil(1.005 * words[g] / n / CHUNK)  # sorted rows pad by half a percent
+        chunks[g] = ceil((words[g] + (CHUNK - 1) / 2 * n) / CHUNK) if nnz else 0  # a row ends anywhere in its last
+        longest[g] = ceil(min(k, words[g] / n + 4 * sqrt(words[g] / n * (1 - density))) / CHUNK)
     pattern = pattern or Pattern()
     blocks = {}
     if pattern.kind == "block":
@@ -181,6 +184,7 @@ def expected_stats(shape: tuple[int, int], density: float, pattern: Pattern | No
         exponents=_normal_exponents(nnz, density),
         words=words,
         chunks=chunks,
+        longest=longest,
         two_four=pattern.kind == "n:m" and pattern.m == 4 and pattern.n <= 2,
         blocks=blocks,
     )

@@ -1,9 +1,10 @@
 """y = x W^T with W as a delta stream: the kernel of batch 1 on a GPU.
 
-A CTA owns a group of 32 sorted rows, one warp each of its segments, a lane a row. The first chunks are on their way
+A CTA owns a bin, all CTAs are there at once, every lane walks one stream of the bin. The first chunks are on their way
 before x is staged: x stands in shared memory as float32 times 2^96, token by token side by side, with the format's
-zeros after it. Partial sums meet in shared memory and are added in the order of the segments, so two runs agree bit for
-bit; the lanes' order is undone at the store. The residual is added from x itself.
+zeros after it. Where a row ends, a lane puts its sum away as a part and goes on with the next; the parts of a row are
+added in order, so two runs agree bit for bit, and the bins' order is undone at the store. The residual is added from x
+itself.
 """
 
 from __future__ import annotations
@@ -14,8 +15,9 @@ import tvm
 from tvm.script import tirx as T
 
 from tvm_sparse.formats.delta import Delta
+from tvm_sparse.formats.delta_bins import slots
 from tvm_sparse.schedules.cuda.device_code import WARP, f32, symbol
-from tvm_sparse.schedules.cuda.token_tile import tile_decision, tokens_of
+from tvm_sparse.schedules.cuda.token_tile import SHARED_LIMIT, tile_decision, tokens_of
 from tvm_sparse.schedules.spec import KernelSpec
 from tvm_sparse.schedules.table import Decision
 
@@ -23,12 +25,21 @@ from tvm_sparse.schedules.table import Decision
 LAUNCH_PARAMS, PROGRAMMATIC = "tirx.kernel_launch_params", ["tirx.use_programtic_dependent_launch"]
 
 _LOAD = """
-__device__ __forceinline__ uint4 tvms_stream_load(const void* words) {
-  // Read once, by this SM alone: past L1. Volatile: it stays before the wait for the kernel before.
+__device__ __forceinline__ uint4 tvms_stream_load(const void* words, int step) {
+  // Read once, by this SM alone: past L1. Volatile and not .nc, which ptxas would let sink below the wait for the
+  // kernel before.
   uint4 w;
-  asm volatile("ld.global.nc.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-      : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w) : "l"(words));
+  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+      : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w) : "l"((const char*)words + 512ll * step));
   return w;
+}
+"""
+
+_EARLY = """
+__device__ __forceinline__ unsigned tvms_early_load(const void* from) {
+  unsigned v;
+  asm volatile("ld.global.u32 %0, [%1];" : "=r"(v) : "l"(from));
+  return v;
 }
 """
 
@@ -42,34 +53,68 @@ __device__ __forceinline__ float tvms_scale_x(float x) {
 #endif
 """
 
-_STAGE8 = (
-    _SCALE
-    + """
-__device__ __forceinline__ void tvms_stage_bf16x8(const void* from, float* to) {
-  uint4 v = *(const uint4*)from;
-  float4 a, b;
-  a.x = tvms_scale_x(__uint_as_float(v.x << 16)); a.y = tvms_scale_x(__uint_as_float(v.x & 0xffff0000u));
-  a.z = tvms_scale_x(__uint_as_float(v.y << 16)); a.w = tvms_scale_x(__uint_as_float(v.y & 0xffff0000u));
-  b.x = tvms_scale_x(__uint_as_float(v.z << 16)); b.y = tvms_scale_x(__uint_as_float(v.z & 0xffff0000u));
-  b.z = tvms_scale_x(__uint_as_float(v.w << 16)); b.w = tvms_scale_x(__uint_as_float(v.w & 0xffff0000u));
-  ((float4*)to)[0] = a;
-  ((float4*)to)[1] = b;
+_READ = """
+#ifndef TVMS_READ_X
+#define TVMS_READ_X
+// x is another kernel's work: volatile, so that no read of it moves before the wait for that kernel.
+__device__ __forceinline__ unsigned tvms_read_pair(const void* x) {
+  unsigned v;
+  asm volatile("ld.global.u32 %0, [%1];" : "=r"(v) : "l"(x));
+  return v;
 }
+__device__ __forceinline__ float tvms_read_x(const nv_bfloat16* x) {
+  unsigned short v;
+  asm volatile("ld.global.u16 %0, [%1];" : "=h"(v) : "l"(x));
+  return __uint_as_float((unsigned)v << 16);
+}
+__device__ __forceinline__ float tvms_read_x(const float* x) {
+  float v;
+  asm volatile("ld.global.f32 %0, [%1];" : "=f"(v) : "l"(x));
+  return v;
+}
+#endif
 """
-)
 
 
-def chunk_code(gap_bits: int, tile: int) -> tuple[str, str]:
-    """Name and source of the function that turns one lane's 8 words into `tile` sums.
+def stage_code(tile: int, copies: int) -> tuple[str, str]:
+    """Name and source of the function that scales two columns of `tile` tokens and stores each `copies` times.
+
+    Lanes that store four numbers at a time take their two columns in the order that keeps them on different banks.
+    """
+    name = f"tvms_stage_t{tile}_c{copies}"
+    scaled = [
+        f"  float {column}{token} = tvms_scale_x(__uint_as_float({bits.format(token)}));"
+        for token in range(tile)
+        for column, bits in (("a", "v[{}] << 16"), ("b", "v[{}] & 0xffff0000u"))
+    ]
+    stored = [f"{column}{token}" for column in "ab" for _ in range(copies) for token in range(tile)]
+    quads = [f"make_float4({', '.join(stored[i : i + 4])})" for i in range(0, len(stored), 4)]
+    if len(stored) == 2:
+        lines = ["  *(float2*)to = make_float2(a0, b0);"]
+    elif len(quads) == 2:
+        lines = [
+            f"  float4 a = {quads[0]}, b = {quads[1]};",
+            "  int swap = threadIdx.x >> 2 & 1;",
+            "  ((float4*)to)[swap] = swap ? b : a;",
+            "  ((float4*)to)[swap ^ 1] = swap ? a : b;",
+        ]
+    else:
+        lines = [f"  ((float4*)to)[{i}] = {quad};" for i, quad in enumerate(quads)]
+    body = "\n".join([*scaled, *lines])
+    return name, f"{_SCALE}__device__ __forceinline__ void {name}(const unsigned* v, float* to) {{\n{body}\n}}\n"
+
+
+def chunk_code(gap_bits: int, tile: int, copies: int = 1) -> tuple[str, str]:
+    """Name and source of the function that turns one lane's 8 words into `tile` sums; x stands there `copies` times.
 
     `at` is the byte offset of the column after the last word's, so that the j-th word of the chunk adds its gap - 1
     to it and reads at the constant offset j: the field is masked in place, already times the bytes of a column.
     """
-    column = 4 * tile
+    column = 4 * tile * copies
     log = column.bit_length() - 1
     mask = ((1 << gap_bits) - 1) << log
     value = 0x80000000 | (((1 << (31 - gap_bits)) - 1) & 0xFFFF0000)
-    name = f"tvms_delta_g{gap_bits}_t{tile}"
+    name = f"tvms_delta_g{gap_bits}_t{tile}_c{copies}"
     vector = {1: "float", 2: "float2", 4: "float4", 8: "float4"}[tile]
     parts = ["x"] if tile == 1 else list("xyzw"[: min(tile, 4)])
     lines = []
@@ -97,42 +142,109 @@ __device__ __forceinline__ void {name}(uint4 w, const float* staged, int* place,
     return name, source
 
 
+def row_code(tile: int) -> tuple[str, str]:
+    """Name and source of what a lane does before a chunk: where its row ends here, the sum is put away as a part.
+
+    `row`: the step at which the row ends, the row's rank, and the chunk of the bin at which step 0 would stand.
+    Rows without words end where they begin. `place` goes from column 0 at `first` to column K at `first + last`, where
+    it is held: only padding would go beyond.
+    """
+    name = f"tvms_delta_row_t{tile}"
+    source = f"""
+__device__ __forceinline__ void {name}(
+    const int* ends, float* parts, int step, int* row, int* place, float* sum, int first, int last) {{
+  if (row[0] == step) {{
+    do {{
+      for (int i = 0; i < {tile}; ++i) {{
+        parts[row[1] * {tile} + i] = sum[i];
+        sum[i] = 0.f;
+      }}
+      row[1] += 1;
+      row[0] = ends[row[1]] - row[2];
+    }} while (row[0] == step);
+    *place = first;
+  }}
+  *place = min(*place, first + last);
+}}
+"""
+    return name, source
+
+
 def space(spec: KernelSpec) -> tuple[Decision, ...]:
-    """`tile` tokens a CTA, `depth` chunks of 16 bytes in flight a lane, `overlap` with the kernel before."""
+    """`tile` tokens a CTA, `depth` chunks in flight a lane, x in `copies`, `overlap` with the kernel before."""
+    return (
+        tile_decision(spec, spec.k + Delta.PAST(spec.choice) + _parts(spec)),
+        Decision("depth", (2, 3, 4, 6), 3 if spec.choice.option("warps") > 16 else 4),
+        Decision("copies", (1, 2, 4), 4 if spec.m == 1 else 1),
+        Decision("overlap", (0, 1), 1),
+    )
+
+
+def _copies(spec: KernelSpec, tile: int, wanted: int) -> int:
+    """As many as are wanted, or fit."""
     columns = spec.k + Delta.PAST(spec.choice)
-    # Measured on an H200 at 75 %: few warps want deep pipelines; only with many does the overlap pay, since the next
-    # kernel's CTAs then find no room before this one's are done, and spread over the SMs evenly.
-    many = spec.choice.option("segments") >= 24
-    depth = Decision("depth", (1, 2, 3, 4, 6), 2 if many else 4)
-    return (tile_decision(spec, columns), depth, Decision("overlap", (0, 1), int(many)))
+    while wanted > 1 and 4 * tile * (wanted * columns + _parts(spec)) > SHARED_LIMIT:
+        wanted //= 2
+    return wanted
+
+
+def _parts(spec: KernelSpec) -> int:
+    """Numbers a token's parts of rows take in a bin."""
+    return spec.choice.option("warps") * WARP + slots(spec.n, spec.choice.option("bins"))
 
 
 def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
-    """(x [m, k], words, row_of, seg_chunk, seg_col, scale, res_start, res_col, res_val, y [m, n])."""
+    """(x [m, k], words, lanes, rows, scale, res_col, res_val, y [m, n])."""
     n, k, m = spec.n, spec.k, tokens_of(spec)
-    gap_bits, segments = spec.choice.option("gap_bits"), spec.choice.option("segments")
-    groups = -(-n // WARP)
-    tile, depth, overlap = decisions["tile"], decisions["depth"], bool(decisions["overlap"])
-    columns = k + Delta.PAST(spec.choice)
-    padded = -(-columns // 8) * 8
-    partial = padded * tile  # where the partial sums begin
-    threads = segments * WARP
-    chunks, extra = symbol("chunks"), symbol("nr")
-    function, source = chunk_code(gap_bits, tile)
-    eights = spec.x_dtype == "bfloat16" and k % 8 == 0 and tile == 1
-    reducers = min(segments, tile)  # warps that finish tokens, one or more each
+    gap_bits, bins, warps = (spec.choice.option(key) for key in ("gap_bits", "bins", "warps"))
+    tile, depth, overlap = (decisions[key] for key in ("tile", "depth", "overlap"))
+    copies = _copies(spec, tile, decisions["copies"])
+    width = tile * copies  # numbers a column takes; lanes share the copies, which halves or quarters their conflicts
+    room, threads = slots(n, bins), warps * WARP
+    padded = -(-(k + Delta.PAST(spec.choice)) // 8) * 8
+    parts = padded * width  # where the parts begin, and after them the table of rows
+    table = parts + -(-_parts(spec) * tile // 4) * 4
+    steps, extra = symbol("steps"), symbol("nr")
+    function, source = chunk_code(gap_bits, tile, copies)
+    turn_name, turn_source = row_code(tile)
+    stage_name, stage_source = stage_code(tile, copies)
+    pairs = spec.x_dtype == "bfloat16" and k % 2 == 0
+    turns = -(-k // (2 * threads))  # a thread reads 2 columns at a time, several times `together` before it waits
+    together = min(turns, max(1, 12 // tile))
 
-    def load(words, chunk, lane):
+    def load(words, bin, lane, step):
         return T.cuda.func_call(
             "tvms_stream_load",
-            T.address_of(words[chunk, lane, 0]),
+            T.address_of(words[bin, 0, lane, 0]),
+            step,
             source_code=_LOAD,
             return_type="uint32x4",
         )
 
+    def early(element):
+        return T.cuda.func_call("tvms_early_load", T.address_of(element), source_code=_EARLY, return_type="uint32")
+
     def multiply(ring, shared, place, sums, d):
         pointers = [T.address_of(buffer[0]) for buffer in (shared, place, sums)]
         return T.evaluate(T.cuda.func_call(function, ring[d], *pointers, source_code=source))
+
+    def turn_row(own, shared, step, stream, flip, place, sums, origin):
+        ends, part = T.address_of(own[table + room]), T.address_of(shared[parts + stream * tile])
+        pointers = [T.address_of(buffer[0]) for buffer in (flip, place, sums)]
+        call = T.cuda.func_call(turn_name, ends, part, step, *pointers, origin, 4 * width * k, source_code=turn_source)
+        return T.evaluate(call)
+
+    def read_pair(x, token, column):
+        where = T.address_of(x[token, column])
+        return T.cuda.func_call("tvms_read_pair", where, source_code=_READ, return_type="uint32")
+
+    def read(x, token, column):
+        where = T.address_of(x[token, column])
+        return T.cuda.func_call("tvms_read_x", where, source_code=_READ, return_type="float32")
+
+    def stage_pair(pair, first, shared, column):
+        pointers = T.address_of(pair[first]), T.address_of(shared[column * width])
+        return T.evaluate(T.cuda.func_call(stage_name, *pointers, source_code=stage_source))
 
     def scaled(value):
         return T.cuda.func_call("tvms_scale_x", value, source_code=_SCALE, return_type="float32")
@@ -140,113 +252,139 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
     @T.prim_func(s_tir=True)
     def matmul_delta(
         x: T.Buffer((m, k), spec.x_dtype),
-        words: T.Buffer((chunks, WARP, 8), "uint16"),
-        row_of: T.Buffer((groups * WARP,), "int32"),
-        seg_chunk: T.Buffer((groups, segments + 1), "int32"),
-        seg_col: T.Buffer((groups, segments, WARP), "int32"),
+        words: T.Buffer((bins, steps, WARP, 8), "uint16"),
+        lanes: T.Buffer((bins, threads), "uint32"),
+        rows: T.Buffer((bins, 4, room), "int32"),
         scale: T.Buffer((1,), "int32"),
-        res_start: T.Buffer((n + 1,), "int32"),
         res_col: T.Buffer((extra,), "int32"),
         res_val: T.Buffer((extra,), "bfloat16"),
         y: T.Buffer((m, n), spec.out_dtype),
     ):
-        group = T.launch_thread("blockIdx.x", groups)
+        bin = T.launch_thread("blockIdx.x", bins)
         tiles = T.launch_thread("blockIdx.y", T.ceildiv(m, tile))
         thread = T.launch_thread("threadIdx.x", threads)
         lane: T.let[T.int32] = thread % WARP
+        origin: T.let[T.int32] = thread % copies * (4 * tile)  # of the lane's copy of x
         warp: T.let[T.int32] = thread // WARP
-        # One buffer for both: as two, the allocator would lay the partial sums over x while other warps still read it.
-        shared = T.alloc_buffer((padded * tile + segments * tile * WARP,), "float32", scope="shared.dyn")
+        # One buffer for all: as several, the allocator would lay parts over x while other warps still read it.
+        shared = T.alloc_buffer((table + 4 * room,), "float32", scope="shared.dyn")
+        own = T.decl_buffer((table + 4 * room,), "int32", data=shared.data, scope="shared.dyn")
+        flat = T.decl_buffer((bins, 4 * room), "int32", data=rows.data)
         ring = T.alloc_buffer((depth,), "uint32x4", scope="local")
-        chunk = T.alloc_buffer((2,), "int32", scope="local")  # next to multiply, end
+        pair = T.alloc_buffer((together * tile,), "uint32", scope="local")
+        step = T.alloc_buffer((2,), "int32", scope="local")  # next to multiply, end
+        start = T.alloc_buffer((1,), "uint32", scope="local")
+        flip = T.alloc_buffer((3,), "int32", scope="local")  # step at which the row ends, its rank, chunk of step 0
         place = T.alloc_buffer((1,), "int32", scope="local")
         sums = T.alloc_buffer((tile,), "float32", scope="local")
         row = T.alloc_buffer((1,), "int32", scope="local")
+        first = T.alloc_buffer((2,), "int32", scope="local")
         rest = T.alloc_buffer((2,), "int32", scope="local")
         total = T.alloc_buffer((1,), "float32", scope="local")
         left = T.alloc_buffer((1,), "float32", scope="local")
+        base = T.alloc_buffer((1,), "int32", scope="local")
 
-        if T.bool(overlap):
+        if T.bool(overlap == 1):
             T.evaluate(T.ptx["griddepcontrol.launch_dependents"]())
-        chunk[0] = seg_chunk[group, warp]
-        chunk[1] = seg_chunk[group, warp + 1]
-        place[0] = (seg_col[group, warp, lane] + 1) * (4 * tile)
+        step[0] = T.cast(steps, "int32") * warp // warps
+        step[1] = T.cast(steps, "int32") * (warp + 1) // warps
         for d in T.unroll(depth):
-            if chunk[0] + d < chunk[1]:
-                ring[d] = load(words, chunk[0] + d, lane)
-        row[0] = row_of[group * WARP + lane]
-
-        if T.bool(overlap):  # weights never depend on the kernel before, x does
-            T.evaluate(T.ptx["griddepcontrol.wait"]())
-        if T.bool(eights):
-            for step in range(T.ceildiv(k // 8, threads)):
-                if step * threads + thread < k // 8:
-                    T.evaluate(
-                        T.cuda.func_call(
-                            "tvms_stage_bf16x8",
-                            T.address_of(x[tiles, (step * threads + thread) * 8]),
-                            T.address_of(shared[(step * threads + thread) * 8]),
-                            source_code=_STAGE8,
-                        )
+            if step[0] + d < step[1]:
+                ring[d] = load(words, bin, lane, step[0] + d)
+        start[0] = early(lanes[bin, thread])
+        base[0] = T.reinterpret("int32", early(scale[0]))
+        for turn in T.unroll(T.ceildiv(room, threads)):
+            if turn * threads + thread < room:
+                T.evaluate(
+                    T.ptx["cp.async.cg.shared.global"](
+                        T.address_of(own[table + (turn * threads + thread) * 4]),
+                        T.address_of(flat[bin, (turn * threads + thread) * 4]),
+                        16,
                     )
-            for step in range(T.ceildiv(padded - k, threads)):
-                if step * threads + thread < padded - k:
-                    shared[k + step * threads + thread] = T.float32(0)
+                )
+        flip[1] = T.cast(T.shift_right(start[0], T.uint32(16)), "int32")
+        place[0] = T.cast(T.bitwise_and(start[0], T.uint32(0xFFFF)), "int32") * (4 * width) + origin
+        flip[2] = step[0] * WARP + lane * (step[1] - step[0]) - step[0]
+
+        if T.bool(overlap == 1):  # weights never depend on the kernel before, x does
+            T.evaluate(T.ptx["griddepcontrol.wait"]())
+        if T.bool(pairs):
+            for block in range(T.ceildiv(turns, together)):
+                for turn in T.unroll(together):
+                    if ((block * together + turn) * threads + thread) * 2 < k:
+                        for token in T.unroll(tile):
+                            pair[turn * tile + token] = T.uint32(0)
+                            if tiles * tile + token < m:
+                                pair[turn * tile + token] = read_pair(
+                                    x, tiles * tile + token, ((block * together + turn) * threads + thread) * 2
+                                )
+                for turn in T.unroll(together):
+                    if ((block * together + turn) * threads + thread) * 2 < k:
+                        stage_pair(pair, turn * tile, shared, ((block * together + turn) * threads + thread) * 2)
         else:
             for token in T.unroll(tile):
-                for step in range(T.ceildiv(padded, threads)):
-                    if step * threads + thread < padded:
-                        shared[(step * threads + thread) * tile + token] = T.float32(0)
-                        if tiles * tile + token < m and step * threads + thread < k:
-                            shared[(step * threads + thread) * tile + token] = scaled(
-                                f32(x[tiles * tile + token, step * threads + thread])
-                            )
+                for turn in range(T.ceildiv(k, threads)):
+                    if turn * threads + thread < k:
+                        left[0] = T.float32(0)
+                        if tiles * tile + token < m:
+                            left[0] = scaled(read(x, tiles * tile + token, turn * threads + thread))
+                        for copy in T.unroll(copies):
+                            shared[(turn * threads + thread) * width + copy * tile + token] = left[0]
+        for turn in range(T.ceildiv((padded - k) * width, threads)):
+            if turn * threads + thread < (padded - k) * width:
+                shared[k * width + turn * threads + thread] = T.float32(0)
+        T.evaluate(T.ptx["cp.async.wait_all"]())
         T.tvm_storage_sync("shared.dyn")
 
+        flip[0] = own[table + room + flip[1]] - flip[2]
         for token in T.unroll(tile):
             sums[token] = T.float32(0)
         # A chunk's registers are refilled only once it is multiplied: a copy would wait for the load it is to hide.
-        while chunk[0] + 2 * depth <= chunk[1]:
+        while step[0] + 2 * depth <= step[1]:
             for d in T.unroll(depth):
+                turn_row(own, shared, step[0] + d, thread, flip, place, sums, origin)
                 multiply(ring, shared, place, sums, d)
-                ring[d] = load(words, chunk[0] + d + depth, lane)
-            chunk[0] = chunk[0] + depth
-        while chunk[0] < chunk[1]:
+                ring[d] = load(words, bin, lane, step[0] + d + depth)
+            step[0] = step[0] + depth
+        while step[0] < step[1]:
             for d in T.unroll(depth):
-                if chunk[0] + d < chunk[1]:
+                if step[0] + d < step[1]:
+                    turn_row(own, shared, step[0] + d, thread, flip, place, sums, origin)
                     multiply(ring, shared, place, sums, d)
-                if chunk[0] + d + depth < chunk[1]:
-                    ring[d] = load(words, chunk[0] + d + depth, lane)
-            chunk[0] = chunk[0] + depth
-
+                if step[0] + d + depth < step[1]:
+                    ring[d] = load(words, bin, lane, step[0] + d + depth)
+            step[0] = step[0] + depth
         for token in T.unroll(tile):
-            shared[partial + (warp * tile + token) * WARP + lane] = sums[token]
+            shared[parts + (thread + flip[1]) * tile + token] = sums[token]
         T.tvm_storage_sync("shared.dyn")
-        if warp < reducers and row[0] >= 0:
-            rest[0] = res_start[row[0]]
-            rest[1] = res_start[row[0] + 1]
-            for turn in T.unroll(T.ceildiv(tile, reducers)):
-                if (
-                    turn * reducers + warp < tile
-                    and tiles * tile + turn * reducers + warp < m
-                ):
-                    total[0] = T.float32(0)
-                    for s in T.unroll(segments):
-                        total[0] += shared[partial + (s * tile + turn * reducers + warp) * WARP + lane]
-                    left[0] = T.float32(0)
-                    for p in range(rest[1] - rest[0]):
-                        left[0] += f32(res_val[rest[0] + p]) * f32(
-                            x[tiles * tile + turn * reducers + warp, res_col[rest[0] + p]]
-                        )
-                    # 2^(base - 96), built as the exponent field of a float32
-                    y[tiles * tile + turn * reducers + warp, row[0]] = T.cast(
-                        total[0]
-                        * T.reinterpret(
-                            "float32", T.shift_left(scale[0] + (127 - 96), T.int32(23))
-                        )
-                        + left[0],
-                        spec.out_dtype,
-                    )
+
+        for turn in range(T.ceildiv(room, threads)):
+            if turn * threads + thread < room - 1:
+                row[0] = own[table + turn * threads + thread]
+                first[0] = own[table + 2 * room + turn * threads + thread]
+                first[1] = own[table + 2 * room + turn * threads + thread + 1]
+                rest[0] = own[table + 3 * room + turn * threads + thread]
+                rest[1] = own[table + 3 * room + turn * threads + thread + 1]
+                if row[0] >= 0:
+                    for token in T.unroll(tile):
+                        if tiles * tile + token < m:
+                            total[0] = T.float32(0)
+                            for p in range(first[1] - first[0]):
+                                total[0] += shared[parts + (first[0] + p) * tile + token]
+                            left[0] = T.float32(0)
+                            for p in range(rest[1] - rest[0]):
+                                left[0] += f32(res_val[rest[0] + p]) * read(
+                                    x, tiles * tile + token, res_col[rest[0] + p]
+                                )
+                            # 2^(base - 96), built as the exponent field of a float32
+                            y[tiles * tile + token, row[0]] = T.cast(
+                                total[0]
+                                * T.reinterpret(
+                                    "float32", T.shift_left(base[0] + (127 - 96), T.int32(23))
+                                )
+                                + left[0],
+                                spec.out_dtype,
+                            )
 
     if overlap:
         return matmul_delta.with_attr(LAUNCH_PARAMS, PROGRAMMATIC)

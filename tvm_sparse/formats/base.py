@@ -14,6 +14,7 @@ import torch
 
 if TYPE_CHECKING:
     from tvm_sparse.formats.stats import Stats
+    from tvm_sparse.targets import Machine
 
 Shape = tuple[int, int]
 
@@ -68,8 +69,8 @@ class Format(Protocol):
     def choice(self) -> Callable[..., FormatChoice]:
         """Makes the format's choice with these options (ints, by name), the others at their defaults."""
 
-    def choices(self, stats: Stats) -> Sequence[FormatChoice]:
-        """What the plan may choose for a matrix: empty where the format cannot hold it or never wins."""
+    def choices(self, stats: Stats, machine: Machine) -> Sequence[FormatChoice]:
+        """What the plan may choose for a matrix, cut for the machine: empty where it cannot be held or never wins."""
 
     def nbytes(self, stats: Stats, choice: FormatChoice) -> int:
         """Bytes of all buffers of the packed matrix, from its statistics alone."""

@@ -13,6 +13,7 @@ from tvm_sparse.formats.base import Buffer, FormatChoice, Packed, Shape
 from tvm_sparse.formats.bits import MAGNITUDE, as_bits, magnitude
 from tvm_sparse.formats.blocks import over_blocks
 from tvm_sparse.formats.stats import Stats
+from tvm_sparse.targets import Machine
 
 # Zero values after the last one: a vector load of values may start at the last value and read a whole register.
 TRAILING = 64
@@ -37,7 +38,7 @@ class Bitmap:
     def choice(self) -> FormatChoice:
         return FormatChoice(self.name)
 
-    def choices(self, stats: Stats) -> Sequence[FormatChoice]:
+    def choices(self, stats: Stats, machine: Machine) -> Sequence[FormatChoice]:
         return (self.choice(),)
 
     def nbytes(self, stats: Stats, choice: FormatChoice) -> int:

@@ -11,6 +11,7 @@ from tvm_sparse.formats.base import Buffer, FormatChoice, Packed, Shape
 from tvm_sparse.formats.bits import as_bits, magnitude, positive_zero
 from tvm_sparse.formats.blocks import over_blocks
 from tvm_sparse.formats.stats import Stats
+from tvm_sparse.targets import Machine
 
 
 class Block:
@@ -30,7 +31,7 @@ class Block:
             raise Refusal(f"block {rows}x{cols}: both sides must be at least 1")
         return FormatChoice(self.name, (("rows", rows), ("cols", cols)))
 
-    def choices(self, stats: Stats) -> Sequence[FormatChoice]:
+    def choices(self, stats: Stats, machine: Machine) -> Sequence[FormatChoice]:
         return tuple(self.choice(r, c) for r, c in stats.blocks)
 
     def nbytes(self, stats: Stats, choice: FormatChoice) -> int:

@@ -10,7 +10,7 @@ import torch
 from torch.nn.functional import pad
 
 from tvm_sparse.formats.bits import MAGNITUDE, SIGN, magnitude
-from tvm_sparse.formats.stats import CHUNK, GROUP, row_gaps
+from tvm_sparse.formats.stats import CHUNK, row_gaps
 
 # x is staged times 2^96 and the sum multiplied by 2^(base - 96), which must itself be a finite float32.
 MAX_BASE = 223
@@ -122,89 +122,32 @@ def survey(bits: torch.Tensor, gap_bits: int, code: Code | None = None) -> Surve
     )
 
 
-@dataclass(frozen=True)
-class Lanes:
-    """Neighbouring groups of a packed matrix: `words` int16 [chunks, 32, 8] is theirs, zero before `write`.
+def write_rows(out: torch.Tensor, bits: torch.Tensor, starts: torch.Tensor, code: Code) -> None:
+    """int16 [rows, K] -> the words of each row, fillers included, in `out` from `starts` [rows] on."""
+    held = code.holds(bits & MAGNITUDE)
+    per_row = held.sum(1)
+    flat = held.view(-1).nonzero().view(-1)
+    values = code.value_bits(bits.view(-1)[flat])
+    gap = row_gaps(flat, per_row, bits.shape[1]) - 1
+    fillers = gap >> code.gap_bits
+    ends = (fillers + 1).cumsum(0)  # where each entry's word ends, counted over all rows
+    words_before = pad(ends, (1, 0))[per_row.cumsum(0) - per_row]
+    at = ends - 1 + torch.repeat_interleave(starts - words_before, per_row)
+    out[at] = values | ((gap & code.gap_mask) << code.gap_shift).to(torch.int16)
 
-    `starts` and `counts`, int64 [groups]: first chunk within `words` and number of chunks of each group.
+    some = (fillers > 0).nonzero().view(-1)
+    count = fillers[some]
+    each = torch.repeat_interleave(some, count)
+    nth = torch.arange(each.numel(), device=flat.device) - torch.repeat_interleave(count.cumsum(0) - count, count)
+    out[at[each] - fillers[each] + nth] = code.filler
+
+
+def columns_before(words: torch.Tensor, code: Code) -> torch.Tensor:
+    """int16 [bins, chunks, 8] -> int32 [bins, chunks + 1]: columns that a bin's words advance before each chunk.
+
+    Four gaps at a time: the fields of a 64-bit word, added up in its highest one.
     """
-
-    words: torch.Tensor
-    starts: torch.Tensor
-    counts: torch.Tensor
-    code: Code
-
-    def write(self, bits: torch.Tensor) -> None:
-        """int16 [rows, K], rows in lane order: each row's words, fillers included; padding is zero already."""
-        held = self.code.holds(bits & MAGNITUDE)
-        per_row = held.sum(1)
-        flat = held.view(-1).nonzero().view(-1)
-        values = self.code.value_bits(bits.view(-1)[flat])
-        rows = torch.arange(bits.shape[0], device=bits.device)
-        self._place(flat, per_row, values, rows, bits.shape[1])
-
-    def hold_back(self, bits: torch.Tensor, last_column: int) -> None:
-        """Writes anew each lane whose padding would take it beyond `last_column`, with zeros as words instead.
-
-        Rare: padding over all sorted groups is no longer than the longest row, and such a lane pads by hundreds.
-        """
-        before = self.columns_before()
-        ends = before[self.starts + self.counts] - before[self.starts] - 1
-        for group, lane in (ends > last_column).nonzero().tolist():
-            row = bits[group * GROUP + lane]
-            columns = self.code.holds(row & MAGNITUDE).nonzero().view(-1)
-            stored = _with_zeros(columns, CHUNK * int(self.counts[group]), self.code)
-            values = torch.zeros_like(row)
-            values[columns] = self.code.value_bits(row[columns])
-            first = int(self.starts[group])
-            self.words[first : first + int(self.counts[group]), lane] = 0
-            slot = torch.tensor([group * GROUP + lane], device=bits.device)
-            self._place(stored, stored.new_tensor([stored.numel()]), values[stored], slot, bits.numel())
-
-    def columns_before(self) -> torch.Tensor:
-        """int32 [chunks + 1, 32]: columns each lane advances before each chunk, all groups in one sum."""
-        return pad(self.code.gaps(self.words).sum(2, dtype=torch.int32).cumsum(0, dtype=torch.int32), (0, 0, 1, 0))
-
-    def _place(
-        self, flat: torch.Tensor, per_row: torch.Tensor, values: torch.Tensor, slots: torch.Tensor, columns: int
-    ) -> None:
-        """Writes entries at ascending positions `flat`, `per_row` of them into the lane of each slot."""
-        code = self.code
-        gap = row_gaps(flat, per_row, columns) - 1
-        fillers = gap >> code.gap_bits
-        ends = (fillers + 1).cumsum(0)  # where each entry's word ends, counted over all rows
-        last = per_row.cumsum(0)
-        words_before = pad(ends, (1, 0))[last - per_row]
-        lane = self.starts[slots // GROUP] * (GROUP * CHUNK) + slots % GROUP * CHUNK
-        row = torch.repeat_interleave(torch.arange(len(per_row), device=flat.device), per_row)
-        index = ends - 1 - words_before[row]  # within the row
-        lane = lane[row]
-        out = self.words.view(-1)
-        out[_address(lane, index)] = values | ((gap & code.gap_mask) << code.gap_shift).to(torch.int16)
-
-        some = (fillers > 0).nonzero().view(-1)
-        count = fillers[some]
-        each = torch.repeat_interleave(some, count)
-        nth = torch.arange(each.numel(), device=flat.device) - torch.repeat_interleave(count.cumsum(0) - count, count)
-        out[_address(lane[each], index[each] - fillers[each] + nth)] = code.filler
-
-
-def _address(lane: torch.Tensor, index: torch.Tensor) -> torch.Tensor:
-    """Position in [chunks, 32, 8] of the word `index` of a lane whose first word stands at `lane`."""
-    return lane + (index >> 3) * (GROUP * CHUNK) + (index & 7)  # CHUNK is 8
-
-
-def _with_zeros(columns: torch.Tensor, room: int, code: Code) -> torch.Tensor:
-    """Ascending columns of a row -> with zeros stored as well, so that the row fills `room` words or has no gap left.
-
-    All columns below q are stored. With q the number of words grows by 0 or 1, from the row's own to its last column
-    + 1, so every number between is met.
-    """
-    last = int(columns[-1])
-    words = ((columns.diff(prepend=columns.new_full((1,), -1)) - 1) >> code.gap_bits) + 1
-    words = words.cumsum(0)
-    q = torch.arange(last + 1, device=columns.device)
-    following = torch.searchsorted(columns, q)
-    need = q + ((columns[following] - q) >> code.gap_bits) + 1 + words[-1] - words[following]
-    first = int((need >= min(room, last + 1)).nonzero()[0])
-    return torch.cat([q[:first], columns[columns >= first]])
+    ones = 0x0001_0001_0001_0001
+    fields = ((words.view(torch.int64) >> code.gap_shift) & (code.gap_mask * ones)).sum(2)
+    advance = ((fields * ones) >> 48).to(torch.int32) + CHUNK
+    return pad(advance.cumsum(1, dtype=torch.int32), (1, 0))

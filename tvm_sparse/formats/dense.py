@@ -11,6 +11,7 @@ from tvm_sparse.formats.base import Buffer, FormatChoice, Packed, Shape
 from tvm_sparse.formats.bits import as_bits, magnitude, positive_zero
 from tvm_sparse.formats.blocks import over_blocks
 from tvm_sparse.formats.stats import Stats
+from tvm_sparse.targets import Machine
 
 
 class Dense:
@@ -27,7 +28,7 @@ class Dense:
             raise Refusal(f"dense width {width}: choose 16 or 32")
         return FormatChoice(self.name, () if width == 16 else (("width", width),))
 
-    def choices(self, stats: Stats) -> Sequence[FormatChoice]:
+    def choices(self, stats: Stats, machine: Machine) -> Sequence[FormatChoice]:
         return (self.choice(),)
 
     def nbytes(self, stats: Stats, choice: FormatChoice) -> int:

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tvm_sparse.formats import FORMATS, FormatChoice, Stats
+from tvm_sparse.formats.stats import CHUNK
 from tvm_sparse.targets import Machine
 
 
@@ -66,7 +67,7 @@ def seconds(stats: Stats, choice: FormatChoice, machine: Machine, tokens: int) -
         elements *= choice.option("rows") * choice.option("cols")
     else:
         elements = n * k
-    words = 256 * stats.chunks[choice.option("gap_bits")] if choice.name == "delta" else stats.nnz
+    words = CHUNK * stats.chunks[choice.option("gap_bits")] if choice.name == "delta" else stats.nnz
     streamed = FORMATS[choice.name].nbytes(stats, choice) / (speed.share * machine.bandwidth)
     rate = max(machine.cores, 1) * _LANES * _CLOCK
     issued = words * (speed.first + speed.further * tokens) / rate

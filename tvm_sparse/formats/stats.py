@@ -11,7 +11,6 @@ from tvm_sparse.formats.bits import as_bits, magnitude
 from tvm_sparse.formats.blocks import over_blocks
 
 GAP_BITS = (3, 4, 5, 6)
-GROUP = 32  # rows of a delta group: the lanes of a warp
 CHUNK = 8  # words a lane loads at once: 16 bytes
 
 
@@ -20,8 +19,9 @@ class Stats:
     """A matrix [N, K] in numbers.
 
     `exponents[e]` counts non-zeros with bfloat16 exponent field e (0: subnormal). `words[g]` is what the delta stream
-    with g gap bits needs for all rows, fillers included; `chunks[g]` its chunks of 32 x 8 words, padding included
-    (as if no value went to the residual). `blocks[r, c]` counts r x c rectangles that are not all zero.
+    with g gap bits needs for all rows, fillers included; `chunks[g]` its chunks of 8 words, each row padded to whole
+    ones, and `longest[g]` those of the longest row (as if no value went to the residual). `blocks[r, c]` counts r x c
+    rectangles that are not all zero.
     """
 
     shape: tuple[int, int]
@@ -30,6 +30,7 @@ class Stats:
     exponents: tuple[int, ...]
     words: dict[int, int]
     chunks: dict[int, int]
+    longest: dict[int, int]
     two_four: bool
     blocks: dict[tuple[int, int], int]
 
@@ -64,16 +65,16 @@ def measure(weight: torch.Tensor | Iterable[torch.Tensor], blocks: Sequence[tupl
         negative_zeros=sum(part.negative_zeros for part in counts),
         exponents=tuple(torch.stack([part.exponents for part in counts]).sum(0).tolist()),
         words={g: int(row.sum()) for g, row in zip(GAP_BITS, words, strict=True)},
-        chunks={g: int(group_chunks(row).sum()) for g, row in zip(GAP_BITS, words, strict=True)},
+        chunks={g: int(row_chunks(row).sum()) for g, row in zip(GAP_BITS, words, strict=True)},
+        longest={g: int(row_chunks(row).max()) for g, row in zip(GAP_BITS, words, strict=True)},
         two_four=all(part.two_four for part in counts),
         blocks={shape: sum(part.blocks[i] for part in counts) for i, shape in enumerate(blocks)},
     )
 
 
-def group_chunks(words: torch.Tensor) -> torch.Tensor:
-    """Words of each row [N] -> chunks of each group [ceil(N/32)] once the rows are sorted."""
-    largest = words.sort(descending=True).values[::GROUP]
-    return (largest + CHUNK - 1) // CHUNK
+def row_chunks(words: torch.Tensor) -> torch.Tensor:
+    """Words of each row -> chunks of each row."""
+    return (words + CHUNK - 1) // CHUNK
 
 
 @dataclass(frozen=True)

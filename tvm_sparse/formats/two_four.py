@@ -11,6 +11,7 @@ from tvm_sparse.formats.base import Buffer, FormatChoice, Packed, Shape
 from tvm_sparse.formats.bits import as_bits, magnitude, positive_zero
 from tvm_sparse.formats.blocks import over_blocks
 from tvm_sparse.formats.stats import Stats
+from tvm_sparse.targets import Machine
 
 # Which two positions a group of four keeps, by the bits of its non-zero positions; a third or fourth bit never fits.
 # A group with fewer than two non-zeros keeps a zero beside, at the lowest position that leaves first < second.
@@ -34,7 +35,7 @@ class TwoFour:
     def choice(self) -> FormatChoice:
         return FormatChoice(self.name)
 
-    def choices(self, stats: Stats) -> Sequence[FormatChoice]:
+    def choices(self, stats: Stats, machine: Machine) -> Sequence[FormatChoice]:
         return (self.choice(),) if stats.two_four else ()
 
     def nbytes(self, stats: Stats, choice: FormatChoice) -> int:

@@ -86,9 +86,9 @@ def _total(stats: Mapping[RuntimeParam, Stats], name: str) -> Sum:
     total = Sum()
     form = FORMATS[name]
     for each in stats.values():
-        choice = form.choices(each)[0]
-        nbytes = form.nbytes(each, choice)
         for machine in TARGETS:
+            choice = form.choices(each, MACHINES[machine])[0]
+            nbytes = form.nbytes(each, choice)
             total.add(machine, choice, nbytes, seconds(each, choice, MACHINES[machine], BATCH))
     return total
 
