@@ -19,7 +19,7 @@ CHOICES = {
     "dense-f32": FORMATS["dense"].choice(width=32),
     "bitmap": FORMATS["bitmap"].choice(),
     "delta": FORMATS["delta"].choice(gap_bits=4),
-    "delta-5": FORMATS["delta"].choice(gap_bits=5, segments=3),
+    "delta-5": FORMATS["delta"].choice(gap_bits=5, bins=3, warps=1),
     "2:4": FORMATS["2:4"].choice(),
     "block": FORMATS["block"].choice(rows=4, cols=16),
     "block-odd": FORMATS["block"].choice(rows=3, cols=5),
