@@ -9,7 +9,7 @@ import json
 import pytest
 import torch
 
-from tvm_sparse.bench import kernels
+from tvm_sparse.bench import cpu_race
 from tvm_sparse.bench.__main__ import main
 from tvm_sparse.bench.timing import Times, ratio
 from tvm_sparse.errors import Refusal
@@ -39,7 +39,7 @@ def test_markdown_and_csv_hold_the_same_rows(capsys):
 
 
 def test_a_wrong_kernel_is_never_timed(monkeypatch):
-    monkeypatch.setattr(kernels.CpuKernel, "__call__", lambda self, x, packed: torch.zeros(1, 96))
+    monkeypatch.setattr(cpu_race.CpuKernel, "__call__", lambda self, x, packed: torch.zeros(1, 96))
     with pytest.raises(RuntimeError, match="wrong result"):
         main([*SMALL, "--batch", "1"])
 
@@ -48,7 +48,7 @@ def test_a_wrong_kernel_is_never_timed(monkeypatch):
     "flags",
     [
         ["--shapes", "12"], ["--sparsity", "1"], ["--sparsity", "half"], ["--batch", "0"],
-        ["--target", "h200"], ["--packed", "csr"],
+        ["--library", "x.so"], ["--packed", "csr"],
     ],
 )  # fmt: skip
 def test_bad_flags_are_refused(flags):

@@ -1,0 +1,93 @@
+"""What `bench kernels` is asked to measure."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+from tvm_sparse import targets
+from tvm_sparse.command_line import CommandParser
+from tvm_sparse.errors import Refusal
+from tvm_sparse.formats.base import FormatChoice
+from tvm_sparse.schedules.spec import KernelSpec
+
+SHAPES = ((34816, 5120), (5120, 17408), (16480, 5120), (14336, 5120), (5120, 6144))
+"""Projections of the 27B: gate and up, down, DeltaNet in, attention in, out."""
+
+
+@dataclass(frozen=True)
+class Options:
+    machine: targets.Machine
+    shapes: tuple[tuple[int, int], ...]
+    sparsities: tuple[float, ...]
+    batches: tuple[int, ...]
+    threads: tuple[int, ...]  # CPU
+    packed: str
+    copies_bytes: int  # CPU
+    rounds: int
+    fmt: str
+    library: str = ""
+    build_library: str = ""
+
+
+def parse(argv: Sequence[str]) -> Options:
+    """Raises Refusal for anything it cannot read."""
+    parser = CommandParser("bench kernels", "Sparse matmuls against the fastest dense one of the same run.")
+    parser.add_argument("--target", default="cpu", help="cpu, h200, ...")
+    parser.add_argument("--shapes", default=",".join(f"{n}x{k}" for n, k in SHAPES), help="NxK,...")
+    parser.add_argument("--sparsity", default="0.5,0.75,0.9", help="shares of zeros, comma list")
+    parser.add_argument("--batch", default="1,8", help="tokens at once, comma list")
+    parser.add_argument("--threads", default="1,all", help="comma list of numbers, or all")
+    parser.add_argument("--packed", default="auto", help="auto (what the plan chooses), bitmap, delta or dense")
+    parser.add_argument("--copies", type=float, default=1.0, help="GB of rotating copies for each contender")
+    parser.add_argument("--rounds", type=int, default=7, help="timed passes over all copies")
+    parser.add_argument("--library", default="", help="GPU: the kernels, built by --build-library with the same flags")
+    parser.add_argument("--build-library", default="", help="GPU: write the kernels to this file and stop")
+    parser.add_argument("--format", default="md", choices=("md", "csv", "json"))
+    known = parser.parse_args(argv)
+    machine = targets.parse_targets(known.target)[0]
+    if not machine.is_gpu and (known.library or known.build_library):
+        raise Refusal("bench kernels --library, --build-library: only a GPU's kernels are built apart from their run")
+    if known.packed not in ("auto", "bitmap", "delta", "dense"):
+        raise Refusal(f"--packed {known.packed}: choose auto, bitmap, delta or dense")
+    sparsities = _list(known.sparsity, float, "--sparsity")
+    if not all(0 <= s < 1 for s in sparsities):
+        raise Refusal(f"--sparsity {known.sparsity}: every share must be in [0, 1)")
+    cores = len(os.sched_getaffinity(0))
+    counts = ",".join(str(cores) if part == "all" else part for part in known.threads.split(","))
+    whole = {
+        "--batch": _list(known.batch, int, "--batch"),
+        "--threads": tuple(dict.fromkeys(_list(counts, int, "--threads"))),
+        "--rounds": (known.rounds,),
+    }
+    for flag, numbers in whole.items():
+        if min(numbers) < 1:
+            raise Refusal(f"{flag}: numbers from 1")
+    shapes = tuple(_shape(part) for part in known.shapes.split(","))
+    return Options(
+        machine, shapes, sparsities, whole["--batch"], whole["--threads"], known.packed,
+        int(known.copies * 1e9), known.rounds, known.format, known.library, known.build_library,
+    )  # fmt: skip
+
+
+def _list(text: str, kind, flag: str) -> tuple:
+    try:
+        return tuple(kind(part) for part in text.split(","))
+    except ValueError:
+        raise Refusal(f"{flag} {text}: a comma list of numbers") from None
+
+
+def _shape(text: str) -> tuple[int, int]:
+    try:
+        n, k = (int(part) for part in text.lower().split("x"))
+    except ValueError:
+        raise Refusal(f"--shapes {text}: write NxK, such as 5120x17408") from None
+    if n < 1 or k < 1:
+        raise Refusal(f"--shapes {text}: both sides from 1")
+    return n, k
+
+
+def blank_spec(choice: FormatChoice, shape: tuple[int, int], batch: int, machine: targets.Machine) -> KernelSpec:
+    """The kernel of one measurement: bfloat16 in and out."""
+    return KernelSpec(choice, *shape, batch, "bfloat16", "bfloat16", machine.arch)
