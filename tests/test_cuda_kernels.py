@@ -34,8 +34,8 @@ CHOICES = [
     FORMATS["bitmap"].choice(),
     FORMATS["2:4"].choice(),
     FORMATS["block"].choice(4, 8),
-    FORMATS["delta"].choice(4, 8),
-    FORMATS["delta"].choice(5, 3),
+    FORMATS["delta"].choice(4, 132, 16),
+    FORMATS["delta"].choice(5, 3, 2),
 ]
 
 
@@ -104,6 +104,7 @@ SHIM = """
 struct uint4 { unsigned x, y, z, w; };
 struct float2 { float x, y; };
 struct float4 { float x, y, z, w; };
+static unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)((unsigned long long)a * b >> 32); }
 static float __uint_as_float(unsigned u) { float f; memcpy(&f, &u, 4); return f; }
 """
 

@@ -79,7 +79,7 @@ __device__ __forceinline__ float tvms_read_x(const float* x) {
 def stage_code(tile: int, copies: int) -> tuple[str, str]:
     """Name and source of the function that scales two columns of `tile` tokens and stores each `copies` times.
 
-    Lanes that store four numbers at a time take their two columns in the order that keeps them on different banks.
+    Lanes that store one token several times begin at different places, which keeps them on different banks.
     """
     name = f"tvms_stage_t{tile}_c{copies}"
     scaled = [
@@ -91,13 +91,13 @@ def stage_code(tile: int, copies: int) -> tuple[str, str]:
     quads = [f"make_float4({', '.join(stored[i : i + 4])})" for i in range(0, len(stored), 4)]
     if len(stored) == 2:
         lines = ["  *(float2*)to = make_float2(a0, b0);"]
-    elif len(quads) == 2:
-        lines = [
-            f"  float4 a = {quads[0]}, b = {quads[1]};",
-            "  int swap = threadIdx.x >> 2 & 1;",
-            "  ((float4*)to)[swap] = swap ? b : a;",
-            "  ((float4*)to)[swap ^ 1] = swap ? a : b;",
-        ]
+    elif tile == 1 and copies >= 4:
+        lines = []
+        for i in range(len(quads)):
+            lines.append(f"  q = ({i} + (threadIdx.x >> {4 - len(quads).bit_length()})) & {len(quads) - 1};")
+            lines.append(f"  f = q < {len(quads) // 2} ? a0 : b0;")
+            lines.append("  ((float4*)to)[q] = make_float4(f, f, f, f);")
+        lines.insert(0, "  int q;\n  float f;")
     else:
         lines = [f"  ((float4*)to)[{i}] = {quad};" for i, quad in enumerate(quads)]
     body = "\n".join([*scaled, *lines])
@@ -108,11 +108,12 @@ def chunk_code(gap_bits: int, tile: int, copies: int = 1) -> tuple[str, str]:
     """Name and source of the function that turns one lane's 8 words into `tile` sums; x stands there `copies` times.
 
     `at` is the byte offset of the column after the last word's, so that the j-th word of the chunk adds its gap - 1
-    to it and reads at the constant offset j: the field is masked in place, already times the bytes of a column.
+    to it and reads at the constant offset j. The field is masked in place; as the upper half of a product its shift and
+    the addition are one instruction.
     """
     column = 4 * tile * copies
     log = column.bit_length() - 1
-    mask = ((1 << gap_bits) - 1) << log
+    gap = (1 << gap_bits) - 1
     value = 0x80000000 | (((1 << (31 - gap_bits)) - 1) & 0xFFFF0000)
     name = f"tvms_delta_g{gap_bits}_t{tile}_c{copies}"
     vector = {1: "float", 2: "float2", 4: "float4", 8: "float4"}[tile]
@@ -121,7 +122,8 @@ def chunk_code(gap_bits: int, tile: int, copies: int = 1) -> tuple[str, str]:
     for j in range(8):
         word = f"w.{'xyzw'[j // 2]}"
         low = j % 2 == 0
-        lines.append(f"  at += ({word} >> {(15 if low else 31) - gap_bits - log}) & {mask:#x}u;")
+        shift = (15 if low else 31) - gap_bits
+        lines.append(f"  at += __umulhi({word} & {gap << shift:#x}u, {1 << (32 - shift + log):#x}u);")
         lines.append(f"  v = __uint_as_float({f'({word} << 16)' if low else word} & {value:#x}u);")
         for quad in range(-(-tile // 4)):
             lines.append(f"  a = *(const {vector}*)(x + at + {j * column + 16 * quad});")
@@ -174,18 +176,18 @@ def space(spec: KernelSpec) -> tuple[Decision, ...]:
     """`tile` tokens a CTA, `depth` chunks in flight a lane, x in `copies`, `overlap` with the kernel before."""
     return (
         tile_decision(spec, spec.k + Delta.PAST(spec.choice) + _parts(spec)),
-        Decision("depth", (2, 3, 4, 6), 3 if spec.choice.option("warps") > 16 else 4),
-        Decision("copies", (1, 2, 4), 4 if spec.m == 1 else 1),
+        Decision("depth", (2, 3, 4, 6), 4),
+        Decision("copies", (1, 2, 4, 8), 4 if spec.m == 1 else 1),
         Decision("overlap", (0, 1), 1),
     )
 
 
-def _copies(spec: KernelSpec, tile: int, wanted: int) -> int:
-    """As many as are wanted, or fit."""
+def _fitting(spec: KernelSpec, tile: int, copies: int) -> int:
+    """As many copies as are wanted, or have room."""
     columns = spec.k + Delta.PAST(spec.choice)
-    while wanted > 1 and 4 * tile * (wanted * columns + _parts(spec)) > SHARED_LIMIT:
-        wanted //= 2
-    return wanted
+    while copies > 1 and 4 * tile * (copies * columns + _parts(spec)) > SHARED_LIMIT:
+        copies //= 2
+    return copies
 
 
 def _parts(spec: KernelSpec) -> int:
@@ -198,7 +200,7 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
     n, k, m = spec.n, spec.k, tokens_of(spec)
     gap_bits, bins, warps = (spec.choice.option(key) for key in ("gap_bits", "bins", "warps"))
     tile, depth, overlap = (decisions[key] for key in ("tile", "depth", "overlap"))
-    copies = _copies(spec, tile, decisions["copies"])
+    copies = _fitting(spec, tile, decisions["copies"])
     width = tile * copies  # numbers a column takes; lanes share the copies, which halves or quarters their conflicts
     room, threads = slots(n, bins), warps * WARP
     padded = -(-(k + Delta.PAST(spec.choice)) // 8) * 8

@@ -60,7 +60,7 @@ class Delta:
 
     name = "delta"
 
-    def choice(self, gap_bits: int = 4, bins: int = 132, warps: int = 16) -> FormatChoice:
+    def choice(self, gap_bits: int = 4, bins: int = 132, warps: int = 24) -> FormatChoice:
         if gap_bits not in GAP_BITS or bins < 1 or not 1 <= warps <= 32:
             asked = f"delta gap_bits={gap_bits}, bins={bins}, warps={warps}"
             raise Refusal(f"{asked}: gap_bits is 3 to 6, bins at least 1, warps 1 to 32")
@@ -68,7 +68,7 @@ class Delta:
 
     def choices(self, stats: Stats, machine: Machine) -> Sequence[FormatChoice]:
         """One split: the usual one, unless another saves 2 % or more: every split is one more kernel to tune."""
-        cut = {"bins": machine.cores, "warps": 16} if machine.is_gpu else {"bins": 64, "warps": 1}
+        cut = {"bins": machine.cores, "warps": 24} if machine.is_gpu else {"bins": 64, "warps": 1}
         usual = self.choice(**cut)
         if not _fits(stats.shape, usual):
             return ()
