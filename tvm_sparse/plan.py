@@ -88,11 +88,10 @@ def decide(
 ) -> PlanEntry:
     """The fastest format for `batch` tokens at once, over all machines of a library together.
 
-    Every machine weighs the same: what counts is time against dense. Where a format is cut for a machine, it is cut for
-    the first. Two thumbs lie on the scale. Dense stays where
-    nothing saves 5 %: it serves prefill and every batch as it is. A matrix with structure (2:4, blocks) keeps its own
-    format where that loses less than 15 %: only there can the tensor cores use it. `formats` narrows the choice;
-    where none of them fits the matrix stays dense.
+    Every machine weighs the same: what counts is time against dense. A format that is cut for a machine is cut for the
+    first. Two thumbs lie on the scale. Dense stays where nothing saves 5 %: it serves prefill and every batch as it is.
+    A matrix with structure (2:4, blocks) keeps its own format where that loses less than 15 %: only there can the
+    tensor cores use it. `formats` narrows the choice; where none of them fits the matrix stays dense.
     """
     dense = FORMATS["dense"].choice()
     made = [choice for name in FORMATS if name in formats for choice in FORMATS[name].choices(stats, machines[0])]

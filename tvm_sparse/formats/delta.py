@@ -151,7 +151,8 @@ class Delta:
         length = end.diff(dim=1, prepend=end.new_zeros(len(end), 1))
 
         def expand(a: int, b: int) -> None:
-            slot = torch.repeat_interleave(torch.arange(length[a:b].numel(), device=out.device), length[a:b].reshape(-1))
+            counts = length[a:b].reshape(-1)
+            slot = torch.repeat_interleave(torch.arange(len(counts), device=out.device), counts)
             chunk = torch.arange(words.shape[1], device=out.device) < end[a:b, -1:]
             before = columns_before(words[a:b], code)
             first = before.gather(1, end[a:b] - length[a:b]).view(-1)[slot]

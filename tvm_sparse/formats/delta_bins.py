@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from heapq import heapify, heappop, heapreplace
+from itertools import pairwise
 from math import isqrt
 
 import torch
@@ -13,7 +14,7 @@ UNUSED = 1 << 30  # where a slot without a row ends: never reached
 
 
 def slots(rows: int, bins: int) -> int:
-    """Slots of a bin: room for more rows than the average, so that long rows stand with short ones; the last is free."""
+    """Slots of a bin: more than the average number of rows, so that long rows stand with short ones; one is free."""
     mean = -(-rows // bins)
     return mean + isqrt(mean) + 1
 
@@ -72,10 +73,10 @@ def stream_begin(steps: int, warps: int, device: torch.device) -> torch.Tensor:
 
 
 def weave(words: torch.Tensor, warps: int) -> None:
-    """int16 [bins, steps, 32, 8] with a bin's chunks in order -> in place, so that a warp's lanes stand side by side."""
+    """int16 [bins, steps, 32, 8], a bin's chunks in order -> in place, the lanes of a warp side by side."""
     wide = words.view(torch.int64)
     cuts = warp_begin(words.shape[1], warps)
-    for begin, end in zip(cuts, cuts[1:], strict=False):
+    for begin, end in pairwise(cuts):
         if end - begin > 1:
             part = wide[:, begin:end]
             part.copy_(part.reshape(len(part), WARP, end - begin, 2).transpose(1, 2).contiguous())
@@ -86,5 +87,5 @@ def unweave(words: torch.Tensor, warps: int) -> torch.Tensor:
     bins, steps = words.shape[:2]
     wide = words.view(torch.int64)
     cuts = warp_begin(steps, warps)
-    parts = [wide[:, a:b].transpose(1, 2).reshape(bins, -1, 2) for a, b in zip(cuts, cuts[1:], strict=False)]
+    parts = [wide[:, a:b].transpose(1, 2).reshape(bins, -1, 2) for a, b in pairwise(cuts)]
     return torch.cat(parts, 1).view(torch.int16)

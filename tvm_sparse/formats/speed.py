@@ -44,12 +44,12 @@ SPEEDS = {
     ("2:4", "cpu"): Speed(1e-6, 0.44, per_element=5.5e-12),
     ("block", "cpu"): Speed(1e-6, 0.44, per_element=5.5e-12),
     ("delta", "cpu"): Speed(1e-6, 0.158, per_word=250e-12),
-    # H200, 4.8e12 bytes a second. Dense: 83.2 us at [34816, 5120], 16.8 us at [5120, 6144]. Delta: 23.25 us and 7.7 us
-    # at 75 %, with the floor of a stream that does nothing else at 94 % of bandwidth; 3.5 instructions a word and 2 for
-    # each token. Bitmap: every published unstructured kernel is at or below dense cuBLAS there, so it is set to that
-    # at 75 %. 2:4 and block: assumed to stream as dense does.
+    # H200, 4.8e12 bytes a second. Dense: 82 us at [34816, 5120], 16.5 us at [5120, 6144]. Delta: 25.4 us and 7.1 us at
+    # 75 %, 46.0 us and 10.8 us at 50 % (docs/kernels.md); 3.5 instructions a word and 2 for each token. Bitmap: every
+    # published unstructured kernel is at or below dense cuBLAS there, so it is set to that at 75 %. 2:4 and block:
+    # assumed to stream as dense does.
     ("dense", "cuda"): Speed(2.5e-6, 0.92),
-    ("delta", "cuda"): Speed(3.5e-6, 0.94, first=3.5, further=2.0),
+    ("delta", "cuda"): Speed(3.4e-6, 0.86, first=3.5, further=2.0),
     ("bitmap", "cuda"): Speed(3.5e-6, 0.30),
     ("2:4", "cuda"): Speed(3.5e-6, 0.92),
     ("block", "cuda"): Speed(3.5e-6, 0.92),
