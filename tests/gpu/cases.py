@@ -1,4 +1,4 @@
-"""What the GPU scripts check and time: built here by build_library.py, run on a GPU host without TVM's compiler."""
+"""What the GPU scripts check: built here by build_library.py, run on a GPU host without TVM's compiler."""
 
 from __future__ import annotations
 
@@ -9,8 +9,6 @@ from tvm_sparse.formats.base import FormatChoice
 
 RAGGED = ((1, 8), (33, 40), (100, 17), (257, 1000), (1000, 999))
 TOKENS: tuple[int | None, ...] = (1, 3, None)
-PROJECTIONS = ((34816, 5120), (5120, 17408), (5120, 6144))
-HEAD = (248320, 5120)
 
 
 @dataclass(frozen=True)
@@ -60,21 +58,6 @@ def matmuls() -> list[Matmul]:
         found.append(Matmul(choice, n, k, m, *types[index % 3]))
     large = [FORMATS["delta"].choice(4, 132, 16), FORMATS["bitmap"].choice(), FORMATS["dense"].choice()]
     found += [Matmul(c, 512, 17408, m, "bfloat16", "bfloat16") for c in large for m in (1, 8, None)]
-    return found
-
-
-def timed() -> list[Matmul]:
-    """The delta stream at decode, over its decisions, and this library's own dense kernel."""
-    delta, dense = FORMATS["delta"], FORMATS["dense"]
-    found = []
-    for n, k in PROJECTIONS:
-        for segments in (8, 16, 24):
-            for depth in (2, 3, 4):
-                for overlap in (0, 1):
-                    chosen = (("depth", depth), ("overlap", overlap))
-                    choice = delta.choice(4, segments)
-                    found.append(Matmul(choice, n, k, 1, "bfloat16", "bfloat16", chosen))
-        found.append(Matmul(dense.choice(), n, k, 1, "bfloat16", "bfloat16"))
     return found
 
 
