@@ -159,8 +159,8 @@ def _error(y: torch.Tensor, want: torch.Tensor) -> float:
     return float((y.double() - want).norm() / want.norm())
 
 
-def machine_facts() -> dict[str, object]:
+def machine() -> dict[str, object]:
     return {"machine": torch.cuda.get_device_name(0), "torch": torch.__version__}
 
 
-__all__ = ["Kernels", "machine_facts", "measure_all", "specs"]
+__all__ = ["Kernels", "machine", "measure_all", "specs"]

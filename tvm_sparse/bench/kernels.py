@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import tempfile
 from collections.abc import Sequence
+from datetime import date
 from math import exp, log
 from pathlib import Path
 from statistics import fmean
@@ -21,15 +22,15 @@ from tvm_sparse.errors import Refusal
 def main(argv: Sequence[str]) -> None:
     options = parse(argv)
     if options.machine.is_gpu:
-        _on_gpu(options)
+        _on_gpu(options, argv)
         return
     from tvm_sparse.bench import cpu_race
 
     rows = [row for threads in options.threads for row in cpu_race.measure_all(options, threads)]
-    print(render(rows + geometric_means(rows), options.fmt, cpu_race.machine()))
+    print(render(rows + geometric_means(rows), options.fmt, origin(argv) | cpu_race.machine()))
 
 
-def _on_gpu(options: Options) -> None:
+def _on_gpu(options: Options, argv: Sequence[str]) -> None:
     """The library is built here and run here, or either alone: --build-library FILE, --library FILE."""
     from tvm_sparse.bench import gpu_race
 
@@ -44,7 +45,12 @@ def _on_gpu(options: Options) -> None:
         if not torch.cuda.is_available():
             raise Refusal(f"bench kernels --target {options.machine.name}: no GPU here (--build-library FILE builds)")
         rows = gpu_race.measure_all(options, options.machine, library)
-    print(render(rows + geometric_means(rows), options.fmt, gpu_race.machine_facts()))
+    print(render(rows + geometric_means(rows), options.fmt, origin(argv) | gpu_race.machine()))
+
+
+def origin(argv: Sequence[str]) -> dict[str, object]:
+    """What was run and when; the machine is the runner's to say."""
+    return {"command": " ".join(["python -m tvm_sparse.bench kernels", *argv]), "date": date.today().isoformat()}
 
 
 def geometric_means(rows: Sequence[Row]) -> list[Row]:
