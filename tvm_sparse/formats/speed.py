@@ -35,8 +35,8 @@ class Speed:
 
 SPEEDS = {
     # One thread of a 2-core virtual machine (EPYC, Zen 5), shares of the 50e9 bytes a second in targets.py. Bitmap:
-    # tuning_logs/cpu/bench/kernels.md, median over five shapes 30 / 22 / 20e9 bytes a second at 50 / 75 / 90 % zeros;
-    # a further token took 5.8 / 4.3 / 6.0e-12 seconds an element at [5120, 17408]. Dense is our own kernel, not
+    # tuning_logs/cpu/bench/kernels.md, median over five shapes 32 / 22 / 20e9 bytes a second at 50 / 75 / 90 % zeros;
+    # a further token took 5.3 / 5.4 / 6.8e-12 seconds an element at [5120, 17408]. Dense is our own kernel, not
     # torch's: assumed to stream as bitmap does, and so are 2:4 and block. Delta: 2 to 4e9 bytes a second,
     # half of torch's f32 product at 75 %; it gathers again for each token.
     ("dense", "cpu"): Speed(1e-6, 0.44, per_element=5.5e-12),
