@@ -27,6 +27,7 @@ CASES = {
     "three-tokens": ((4, 3, 2), (90, 128), 3, 3, "bfloat16", "float32", {}),
     "two-tokens-twice": ((5, 3, 2), (90, 128), 2, 2, "bfloat16", "float32", {"copies": 2}),
     "many-tokens": ((4, 2, 3), (65, 96), 11, None, "bfloat16", "bfloat16", {}),
+    "full-bin": ((4, 1, 2), (34, 8), 1, 1, "bfloat16", "float32", {}),
     "few-words": ((4, 5, 8), (9, 8), 2, None, "float32", "float32", {}),
 }
 
@@ -38,6 +39,13 @@ def matrix(n: int, k: int) -> torch.Tensor:
     weight *= torch.rand(n, k, generator=generator) < torch.rand(n, 1, generator=generator) * 0.6
     weight[0], weight[n // 3], weight[n // 2] = 0, 0, torch.randn(k, generator=generator)
     weight.view(-1)[:: n * k // 5 + 1] = 1e-20
+    return weight.bfloat16()
+
+
+def full_bin(n: int, k: int) -> torch.Tensor:
+    """32 rows of one chunk each, which fill a warp's step to the last lane, beside rows without any."""
+    weight = torch.zeros(n, k)
+    weight[1:33] = torch.randn(32, k, generator=torch.Generator().manual_seed(0))
     return weight.bfloat16()
 
 
@@ -57,7 +65,7 @@ def test_the_kernel_equals_float64(case, tmp_path, monkeypatch):
         cuda.build_cuda_library(mod, tmp_path / "none.so", [MACHINES["h200"]])
     names, run = compile_kernel(sources[0], "kernel", tmp_path)
 
-    weight = matrix(n, k)
+    weight = full_bin(n, k) if case == "full-bin" else matrix(n, k)
     x = torch.randn(tokens, k, generator=torch.Generator().manual_seed(1)).to(getattr(torch, x_dtype))
     y = torch.full((tokens, n), float("nan"), dtype=getattr(torch, out_dtype))
     packed = pack(weight, spec.choice)

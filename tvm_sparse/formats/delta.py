@@ -79,7 +79,7 @@ class Delta:
         """An estimate, because only packing deals the rows: the fullest bin has one row more than another."""
         g, bins, (n, _) = choice.option("gap_bits"), choice.option("bins"), stats.shape
         fullest = max(stats.longest[g], -(-n // bins) * stats.chunks[g] // n)
-        streamed = bins * max(1, -(-fullest // WARP)) * 2 * WARP * CHUNK
+        streamed = bins * (fullest // WARP + 1) * 2 * WARP * CHUNK
         residual = stats.nnz - best_code(stats.exponents, g)[1]
         tables = 4 * bins * WARP * choice.option("warps") + 16 * bins * slots(n, bins) + 4
         return streamed + tables + 6 * max(1, residual)

@@ -56,7 +56,8 @@ def deal(chunks: torch.Tensor, bins: int) -> Bins:
     length = chunks.new_zeros(bins * room)
     length[slot] = chunks
     end = length.view(bins, room).cumsum(1)
-    steps = max(1, -(-int(end[:, -1].max()) // WARP))
+    # More room than chunks, always: a row without any ends where a lane is still to come by and put its sum away.
+    steps = int(end[:, -1].max()) // WARP + 1
     return Bins(slot, row_of.view(bins, room), end.masked_fill_(row_of.view(bins, room) < 0, UNUSED), steps)
 
 
