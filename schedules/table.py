@@ -16,10 +16,9 @@ from types import ModuleType
 import tvm
 
 from tvm_sparse.errors import Refusal
+from tvm_sparse.schedules.ops import ATTRIBUTES
 from tvm_sparse.schedules.spec import KernelSpec
 
-KERNEL_ATTRS = {"op_pattern": 8, "tirx.is_scheduled": True, "tirx.noalias": True}
-"""Keeps Relax from fusing a hand-written kernel (8: opaque) and the default schedules from touching it."""
 SPEC_ATTR = "tvm_sparse.spec"
 DECISIONS_ATTR = "tvm_sparse.decisions"
 
@@ -75,7 +74,7 @@ def instantiate(spec: KernelSpec, decisions: Mapping[str, int] | None = None) ->
     function = _template(spec).build(spec, chosen)
     if function.attrs and "global_symbol" in function.attrs:
         function = function.without_attr("global_symbol")
-    return function.with_attr({**KERNEL_ATTRS, SPEC_ATTR: spec.to_json()})
+    return function.with_attr({**ATTRIBUTES, SPEC_ATTR: spec.to_json()})
 
 
 def write_decisions(function: tvm.tirx.PrimFunc, tuned: Mapping[str, Mapping[str, int]]) -> tvm.tirx.PrimFunc:
