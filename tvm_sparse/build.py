@@ -23,7 +23,7 @@ from tvm_sparse.errors import Refusal, run_command
 from tvm_sparse.formats import FORMATS
 from tvm_sparse.layout import Layout, make_layout
 from tvm_sparse.models.config import ModelConfig
-from tvm_sparse.packing import pack_model
+from tvm_sparse.packing import pack_model, packing_device
 from tvm_sparse.plan import Plan, declared
 from tvm_sparse.progress import DEBUG, Phases, peak_memory
 from tvm_sparse.pruning import PrunedWeights, Pruner, select
@@ -67,7 +67,7 @@ def build(config: BuildConfig) -> None:
         print(f"  {line}", file=sys.stderr)
     model = replace(model, eos_token_ids=checkpoint.config.eos_token_ids)
     with phases.phase("prune and pack"):
-        weights = PrunedWeights(checkpoint, pruner, selected)
+        weights = PrunedWeights(checkpoint, pruner, selected, packing_device())
         plan = _pack(config, checkpoint, layout, weights, _declare(config, model, layout, selected).nbytes)
     if DEBUG >= 2:
         print(plan, file=sys.stderr)

@@ -78,6 +78,8 @@ class RowThreshold:
     def keep(self, start: int, magnitude: torch.Tensor) -> torch.Tensor:
         if self.zeros == 0:
             return torch.ones_like(magnitude, dtype=torch.bool)
+        if magnitude.is_cuda:
+            return self.keep(start, magnitude.cpu()).to(magnitude.device)
         ordered = np.partition(magnitude.numpy(), self.zeros - 1, axis=1)
         threshold = torch.from_numpy(ordered[:, self.zeros - 1 : self.zeros].copy())
         kept = magnitude >= threshold
@@ -90,4 +92,4 @@ class RowThreshold:
 
 
 def _count(values: torch.Tensor, bins: int) -> torch.Tensor:
-    return torch.bincount(values.view(-1), minlength=bins)
+    return torch.bincount(values.view(-1), minlength=bins).cpu()

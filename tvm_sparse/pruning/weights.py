@@ -15,10 +15,16 @@ _KEEP = Pruner("none")
 
 
 class PrunedWeights:
-    """Reads runtime parameters out of a checkpoint. `zeros` fills as matrices are read, by checkpoint name."""
+    """Reads runtime parameters out of a checkpoint. `zeros` fills as matrices are read, by checkpoint name.
 
-    def __init__(self, checkpoint: Checkpoint, pruner: Pruner, selected: Iterable[str]) -> None:
+    Whole matrices are pruned and handed out on `device`, bit for bit as on a CPU.
+    """
+
+    def __init__(
+        self, checkpoint: Checkpoint, pruner: Pruner, selected: Iterable[str], device: torch.device | str = "cpu"
+    ) -> None:
         self.checkpoint = checkpoint
+        self.device = torch.device(device)
         self.pruner = pruner
         self.selected = frozenset(selected)
         self.zeros: dict[str, Zeros] = {}
@@ -48,7 +54,9 @@ class PrunedWeights:
     def matrix(self, param: RuntimeParam) -> torch.Tensor:
         """A whole matrix [N, K], read once: the largest projection of the 27B is 356 MB."""
         dtype = torch.bfloat16 if self.exact_bf16(param) else torch.float32
-        whole = torch.empty(param.shape, dtype=dtype)
+        # Norms of blocks are sums of floats, which another device adds in another order: those stay on the CPU.
+        device = torch.device("cpu") if self.pruner.pattern.kind == "block" else self.device
+        whole = torch.empty(param.shape, dtype=dtype, device=device)
         first = 0
         for source in param.sources:
             count = self.checkpoint.spec(source).shape[0]
@@ -60,7 +68,7 @@ class PrunedWeights:
             pruner = self.pruner if source in self.selected else _KEEP
             self.zeros[source] = pruner.matrix(source, part)
             first += count
-        return whole
+        return whole.to(self.device)
 
     def vector(self, param: RuntimeParam) -> torch.Tensor:
         """A small parameter in float32, its transform applied. Raises Refusal for NaN and infinity."""
