@@ -207,6 +207,7 @@ def _finish(config: BuildConfig, report: dict[str, Any], model: ModelConfig, lay
         **{key: report[key] for key in keep},
         **described,
         "params": _library_facts(config.out)["params"],
+        "workspace": _library_facts(config.out)["workspace"],
         "plan": {row["param"]: row["format"] for row in report["matrices"]},
     })  # fmt: skip
 

@@ -14,6 +14,7 @@ from tvm import relax
 from tvm_sparse import targets
 from tvm_sparse.codegen.cpu import build_cpu_library
 from tvm_sparse.codegen.cuda import build_cuda_library
+from tvm_sparse.codegen.workspace import WorkspaceMeter
 from tvm_sparse.layout import Layout
 from tvm_sparse.models.config import ModelConfig
 from tvm_sparse.models.qwen3_5 import CHUNKS, build_module, state_tensors
@@ -37,12 +38,14 @@ class Library:
     """What lib.so takes and holds.
 
     `params` are the packed buffers in the order of the functions' weight argument, `schedules` says of each kernel,
-    by KernelSpec name, where its schedule came from, `images` names the kernels by GPU architecture.
+    by KernelSpec name, where its schedule came from, `images` names the kernels by GPU architecture; `workspace` is
+    the memory in bytes that its functions take for what they compute on the way.
     """
 
     params: tuple[str, ...]
     schedules: dict[str, str]
     images: dict[str, list[str]]
+    workspace: int
 
     def to_json(self) -> dict[str, Any]:
         return asdict(self)
@@ -66,10 +69,13 @@ def compile_library(
     params = _params(mod)
     schedules = _schedules(mod, machines[0].name)
     mod = tvm.transform.Sequential([BundleParameters()])(mod)
+    meter = WorkspaceMeter()
+    images: dict[str, list[str]] = {}
     if device == "cpu":
-        build_cpu_library(mod, path)
-        return Library(params, schedules, {})
-    return Library(params, schedules, build_cuda_library(mod, path, machines))
+        build_cpu_library(mod, path, instruments=[meter])
+    else:
+        images = build_cuda_library(mod, path, machines, [meter])
+    return Library(params, schedules, images, meter.nbytes)
 
 
 def lower(

@@ -39,7 +39,12 @@ def cpu_target(isa: str) -> tvm.target.Target:
     return tvm.target.Target(facts)
 
 
-def build_cpu_library(mod: tvm.IRModule, out_path: str | Path, isas: Sequence[str] = CPU_ISAS) -> None:
+def build_cpu_library(
+    mod: tvm.IRModule,
+    out_path: str | Path,
+    isas: Sequence[str] = CPU_ISAS,
+    instruments: Sequence[tvm.ir.instrument.PassInstrument] = (),
+) -> None:
     """Compiles an IRModule (Relax functions and PrimFuncs) into one shared library for all `isas`.
 
     A matmul kernel that carries its KernelSpec is written anew for each instruction set; every other PrimFunc is
@@ -48,7 +53,7 @@ def build_cpu_library(mod: tvm.IRModule, out_path: str | Path, isas: Sequence[st
     Raises Refusal where no C compiler is found to link with.
     """
     target = cpu_target(isas[-1])
-    with target, tvm.transform.PassContext(opt_level=3, config=_CONFIG):
+    with target, tvm.transform.PassContext(opt_level=3, config=_CONFIG, instruments=list(instruments)):
         mod = relax.get_pipeline("default")(mod)
         constants = dict(mod.attrs["const_name_to_constant"]) if "const_name_to_constant" in (mod.attrs or {}) else {}
         external = list(mod.attrs["external_mods"]) if "external_mods" in (mod.attrs or {}) else []

@@ -67,7 +67,9 @@ def cuda_target(machines: Sequence[Machine]) -> Any:
     return tvm.target.Target({"kind": "cuda", "arch": oldest, **_LIMITS}, host="llvm")
 
 
-def build_cuda_library(mod: Any, out_path: str | Path, machines: Sequence[Machine]) -> dict[str, list[str]]:
+def build_cuda_library(
+    mod: Any, out_path: str | Path, machines: Sequence[Machine], instruments: Sequence[Any] = ()
+) -> dict[str, list[str]]:
     """Compiles an IRModule (Relax functions and PrimFuncs) into one shared library for all machines.
 
     Returns `images(out_path)` after checking that every machine has the same kernels as machine code.
@@ -79,7 +81,7 @@ def build_cuda_library(mod: Any, out_path: str | Path, machines: Sequence[Machin
 
     target = cuda_target(machines)
     arches = sorted({machine.arch for machine in machines}, key=_number)
-    with _nvcc(toolkit, arches), target:
+    with _nvcc(toolkit, arches), target, tvm.transform.PassContext(instruments=list(instruments)):
         tvm.compile(mod, target=target).export_library(str(out_path))
     found = images(out_path)
     kernels = {arch: set(found.get(arch, ())) for arch in arches}
