@@ -71,7 +71,7 @@ def compile_lowered(config: ModelConfig, dtype: str, batch: int, library: Path) 
     """Through all passes, every matrix stored dense."""
     layout, width = make_layout(config), {"float32": 32, "bfloat16": 16}[dtype]
     plan = {p.name: keep_dense(p.name, p.shape, prod(p.shape), "", width) for p in matrices(layout)}
-    module = lower(build_module(config, dtype, batch), layout.fusions, plan, "x86-64")
+    module = lower(build_module(config, dtype, batch), layout, plan, "x86-64")
     build_cpu_library(BundleParameters()(module), library, isas=["x86-64"])
 
 
@@ -109,6 +109,7 @@ def write_dense_artefact(
         "targets": ["cpu"],
         "weights": {"kind": "random"},
         "params": list(weights),
+        "workspace": 0,
         **describe(config, layout, "cpu", dtype, batch, context),
         "prefill_chunk": 96,  # so small that short prompts come in several
         "score_chunk": 48,

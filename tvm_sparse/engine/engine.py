@@ -11,6 +11,7 @@ import numpy as np
 
 from tvm_sparse.artefact.reader import open_artefact
 from tvm_sparse.engine.capture import CapturedStep
+from tvm_sparse.engine.memory import plan_memory
 from tvm_sparse.engine.runtime import Device
 from tvm_sparse.engine.sampling import Sampling
 from tvm_sparse.engine.text import TextTokenizer
@@ -51,6 +52,9 @@ class Engine:
         self._check(batch)
 
         self._device = Device(device)
+        sizes = (self._artefact.buffers[name].nbytes for name in facts["params"])
+        self.memory = plan_memory(facts, sizes, self.context)
+        self.memory.require(self._device.free_memory(), device, folder)
         vm = self._device.load_vm(self._artefact.library)
         self._prefill, self._decode, self._score = vm["prefill"], vm["decode"], vm["score"]
         self._params = self._device.array([self._load(name) for name in facts["params"]])

@@ -104,6 +104,18 @@ class Device:
         if failed or self.index >= count.value:
             raise Refusal(f"no device cuda:{self.index}: {0 if failed else count.value} CUDA devices here; use cpu")
 
+    def free_memory(self) -> int:
+        """Bytes that can still be allocated: of the GPU, or of this machine without swapping."""
+        if self._cudart is None:
+            with open("/proc/meminfo") as lines:
+                found = {line.split(":")[0]: int(line.split()[1]) << 10 for line in lines if line.strip()}
+            return found["MemAvailable"]
+        free, total = ctypes.c_size_t(), ctypes.c_size_t()
+        self._cudart.cudaSetDevice(self.index)
+        if self._cudart.cudaMemGetInfo(ctypes.byref(free), ctypes.byref(total)):
+            raise RuntimeError("cudaMemGetInfo failed")
+        return free.value
+
     def empty(self, shape: tuple[int, ...], dtype: str) -> Any:
         return self._alloc(self._ffi.Shape(shape), self._ffi.dtype(dtype), self.handle, None)
 

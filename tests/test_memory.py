@@ -1,0 +1,36 @@
+"""The memory plan: what an engine allocates is known, and refused, before it allocates."""
+
+import pytest
+
+from tvm_sparse.engine.memory import MemoryPlan, plan_memory
+from tvm_sparse.errors import Refusal
+
+FACTS = {
+    "workspace": 1000,
+    "state": [
+        {"name": "layers.0.recurrent_state", "shape": [2, 4, 8, 8], "dtype": "float32"},
+        {"name": "layers.3.k_cache", "shape": [2, 4, "context", 16], "dtype": "bfloat16"},
+    ],
+}
+
+
+def test_what_is_counted():
+    plan = plan_memory(FACTS, [500, 700], context=100)
+    assert plan == MemoryPlan(weights=1200, states=2 * 4 * 64 * 4, workspace=1000, position=2 * 4 * 16 * 2, context=100)
+    assert plan.total == 1200 + 2048 + 1000 + 25600
+
+
+def test_the_largest_context_fills_what_is_there():
+    plan = plan_memory(FACTS, [1200], context=100)
+    fits = plan.largest_context(plan.total - 1)
+    assert fits == 99
+    assert plan.largest_context(10) == 0
+
+
+def test_too_little_memory_is_refused_with_the_sum_and_the_way_on():
+    plan = MemoryPlan(weights=17 * 10**9, states=10**8, workspace=10**8, position=65536, context=4096)
+    with pytest.raises(Refusal, match=r"needs 17\.47 GB \(weights 17\.00 GB \+ caches .* at most --context 2\d\d\d fits"):
+        plan.require(17_640_000_000, "cuda:0", "OUT")
+    with pytest.raises(Refusal, match="no context fits"):
+        plan.require(10**9, "cuda:0", "OUT")
+    plan.require(20 * 10**9, "cuda:0", "OUT")
