@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from typing import Literal
 
 from tvm_sparse.models.config import LINEAR, ModelConfig, TensorSpec, tensors
@@ -30,10 +31,21 @@ class RuntimeParam:
 
 @dataclass(frozen=True)
 class Layout:
-    """The layer schedule (whose weights each executed layer uses) and every parameter, each once."""
+    """The layer schedule (whose weights each executed layer uses) and every parameter, each once.
+
+    Parameters bear the numbers of the checkpoint's layers, state that of the executed layers.
+    """
 
     schedule: tuple[int, ...]
     params: tuple[RuntimeParam, ...]
+
+    def stored_name(self, name: str) -> str:
+        """`layers.E.part` of executed layer E -> `layers.W.part` of the layer whose weights it uses."""
+        head, _, rest = name.partition(".")
+        if head != "layers":
+            return name
+        executed, _, part = rest.partition(".")
+        return f"layers.{self.schedule[int(executed)]}.{part}"
 
     @property
     def fusions(self) -> dict[str, tuple[str, ...]]:
@@ -77,19 +89,29 @@ _ATTENTION = (
 _MLP = ("post_attention_layernorm.weight", "mlp.gate_up_proj.weight", "mlp.down_proj.weight")
 
 
-def make_layout(config: ModelConfig) -> Layout:
-    """The layout of a model run as it is: every layer once, in order."""
+def make_layout(config: ModelConfig, schedule: Sequence[int] | None = None) -> Layout:
+    """The layout of a model whose executed layers use the weights of the checkpoint's layers in `schedule`.
+
+    Without one every layer runs once, in order. A layer that the schedule does not name has no parameters.
+    """
+    schedule = tuple(range(config.num_hidden_layers) if schedule is None else schedule)
     known = tensors(config)
     params = [_param("embed_tokens.weight", ("embed_tokens.weight",), known, "embedding")]
-    for layer, kind in enumerate(config.layer_types):
-        mixer = _DELTANET if kind == LINEAR else _ATTENTION
+    for layer in sorted(set(schedule)):
+        mixer = _DELTANET if config.layer_types[layer] == LINEAR else _ATTENTION
         for name in ("input_layernorm.weight", *mixer, *_MLP):
             sources = tuple(f"layers.{layer}.{source}" for source in _FUSED.get(name, (name,)))
             params.append(_param(f"layers.{layer}.{name}", sources, known))
     params.append(_param("norm.weight", ("norm.weight",), known))
     if not config.tie_word_embeddings:
         params.append(_param("lm_head.weight", ("lm_head.weight",), known, "head"))
-    return Layout(tuple(range(config.num_hidden_layers)), tuple(params))
+    return Layout(schedule, tuple(params))
+
+
+def executed_config(config: ModelConfig, layout: Layout) -> ModelConfig:
+    """The model as it runs: as many layers as are executed, each of the kind of its weights."""
+    kinds = tuple(config.layer_types[layer] for layer in layout.schedule)
+    return replace(config, num_hidden_layers=len(kinds), layer_types=kinds)
 
 
 def _param(

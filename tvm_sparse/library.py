@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -15,12 +15,13 @@ from tvm_sparse import targets
 from tvm_sparse.codegen.cpu import build_cpu_library
 from tvm_sparse.codegen.cuda import build_cuda_library
 from tvm_sparse.codegen.workspace import WorkspaceMeter
-from tvm_sparse.layout import Layout
+from tvm_sparse.layout import Layout, executed_config, make_layout
 from tvm_sparse.models.config import ModelConfig
 from tvm_sparse.models.qwen3_5 import CHUNKS, build_module, state_tensors
 from tvm_sparse.passes.annotate_sparsity import AnnotateSparsity
 from tvm_sparse.passes.apply_schedules import ApplySchedules
 from tvm_sparse.passes.bundle_parameters import BundleParameters
+from tvm_sparse.passes.fold_recurrent_layers import FoldRecurrentLayers
 from tvm_sparse.passes.fuse_projections import FuseProjections
 from tvm_sparse.passes.lower_sparse_matmul import LowerSparseMatmul
 from tvm_sparse.passes.verify_schedules import VerifySchedules
@@ -64,8 +65,8 @@ def compile_library(
     device = machines[0].device
     arch = min((machine.arch for machine in machines), key=lambda name: (len(name), name))
     records = Records(TUNING_LOGS / machines[0].name)
-    mod = build_module(config, dtype, batch, device, layout, weight_dtype="bfloat16", wide=wide_params(plan))
-    mod = lower(mod, layout.fusions, plan, arch, records)
+    mod = import_model(config, layout, plan, dtype, batch, device)
+    mod = lower(mod, layout, plan, arch, records)
     params = _params(mod)
     schedules = _schedules(mod, machines[0].name)
     mod = tvm.transform.Sequential([BundleParameters()])(mod)
@@ -78,12 +79,20 @@ def compile_library(
     return Library(params, schedules, images, meter.nbytes)
 
 
-def lower(
-    mod: tvm.IRModule, fusions: Mapping[str, Sequence[str]], plan: Plan, arch: str, records: Records | None = None
-) -> tvm.IRModule:
+def import_model(config: ModelConfig, layout: Layout, plan: Plan, dtype: str, batch: int, device: str) -> tvm.IRModule:
+    """The dense model at the depth that is executed; every executed layer has weights of its own."""
+    executed = executed_config(config, layout)
+    own = make_layout(executed)
+    kept = wide_params(plan)
+    wide = [param.name for param in own.params if layout.stored_name(param.name) in kept]
+    return build_module(executed, dtype, batch, device, own, weight_dtype="bfloat16", wide=wide)
+
+
+def lower(mod: tvm.IRModule, layout: Layout, plan: Plan, arch: str, records: Records | None = None) -> tvm.IRModule:
     """The graph passes: dense matmuls in, calls of finished kernels out."""
     pipeline = [
-        FuseProjections(fusions),  # one matmul where several read the same input
+        FoldRecurrentLayers(layout.stored_name),  # executed layers use the weights their schedule names
+        FuseProjections(layout.fusions),  # one matmul where several read the same input
         AnnotateSparsity(plan),  # the plan, on the functions
         LowerSparseMatmul(arch),  # matmul -> call_tir on packed parameters
         ApplySchedules(records),  # sketches -> kernels, by record or by default
@@ -97,6 +106,7 @@ def lower(
 def describe(config: ModelConfig, layout: Layout, device: str, dtype: str, batch: int, context: int) -> dict[str, Any]:
     """What the engine must know to call the library (tvm_sparse.json)."""
     chunks = CHUNKS[device]
+    executed = executed_config(config, layout)
     return {
         "device": device,
         "dtype": dtype,
@@ -107,7 +117,7 @@ def describe(config: ModelConfig, layout: Layout, device: str, dtype: str, batch
         "config": config.to_json(),
         "eos_token_ids": list(config.eos_token_ids),
         "layout": {"schedule": list(layout.schedule)},
-        "state": [asdict(tensor) for tensor in state_tensors(config, layout, batch, dtype)],
+        "state": [asdict(tensor) for tensor in state_tensors(executed, make_layout(executed), batch, dtype)],
     }
 
 
