@@ -92,11 +92,7 @@ def open_artefact(folder: str | Path, device: str | None = None, verify: bool = 
     for another device, or whose files are missing, cut or changed.
     """
     folder = Path(folder)
-    facts = _json(folder / FACTS, f"{folder} is not an artefact (no {FACTS}): give the folder that build wrote")
-    _check_versions(folder, facts)
-    built = facts.get("device")
-    if device is not None and device.split(":")[0] != built:
-        raise Refusal(f"{folder} was built for {built}, not for {device.split(':')[0]}: build it with another --target")
+    facts = read_facts(folder, device)
     index = _json(folder / INDEX, f"{folder} has no weights ({INDEX} is missing): run its build again with --weights")
     if "params" not in index or "files" not in index:
         raise Refusal(f"{folder / INDEX} is damaged: build or copy it again")
@@ -109,6 +105,17 @@ def open_artefact(folder: str | Path, device: str | None = None, verify: bool = 
     if verify:
         artefact.verify()
     return artefact
+
+
+def read_facts(folder: str | Path, device: str | None = None) -> dict[str, Any]:
+    """tvm_sparse.json of OUT, with or without weights. Raises Refusal as `open_artefact` does."""
+    folder = Path(folder)
+    facts = _json(folder / FACTS, f"{folder} is not an artefact (no {FACTS}): give the folder that build wrote")
+    _check_versions(folder, facts)
+    built = facts.get("device")
+    if device is not None and device.split(":")[0] != built:
+        raise Refusal(f"{folder} was built for {built}, not for {device.split(':')[0]}: build it with another --target")
+    return facts
 
 
 def header_hash(path: Path) -> str:

@@ -9,12 +9,13 @@ from typing import Any
 
 import numpy as np
 
-from tvm_sparse.artefact.reader import open_artefact
+from tvm_sparse.artefact.reader import LIBRARY, open_artefact, read_facts
 from tvm_sparse.engine.capture import CapturedStep
 from tvm_sparse.engine.memory import plan_memory
 from tvm_sparse.engine.runtime import Device
 from tvm_sparse.engine.sampling import Sampling
 from tvm_sparse.engine.text import TextTokenizer
+from tvm_sparse.engine.weights import StoredWeights, Weights
 from tvm_sparse.errors import Refusal
 
 _WARM_UP = 2  # decode steps before one is captured: kernels are loaded and the pool is filled
@@ -36,14 +37,16 @@ class Engine:
         batch: int | None = None,
         context: int | None = None,
         verify: bool = False,
+        weights: Weights | None = None,
     ) -> None:
         """Loads an artefact. `context`, at most the one it was built for, sizes the caches; `verify`
-        compares the hash of every packed buffer first.
+        compares the hash of every packed buffer first; `weights` stand in for the artefact's own.
 
-        Raises Refusal where folder, versions, device, batch or context do not fit.
+        Raises Refusal where folder, versions, device, batch, context or memory do not fit.
         """
-        self._artefact = open_artefact(folder, device, verify)
-        self._facts = facts = self._artefact.facts
+        self._folder = Path(folder)
+        weights = weights or StoredWeights(open_artefact(folder, device, verify))
+        self._facts = facts = read_facts(folder, device)
         self.config: dict[str, Any] = facts["config"]
         self.vocab_size: int = self.config["vocab_size"]
         self.eos_token_ids: tuple[int, ...] = tuple(facts["eos_token_ids"])
@@ -52,12 +55,11 @@ class Engine:
         self._check(batch)
 
         self._device = Device(device)
-        sizes = (self._artefact.buffers[name].nbytes for name in facts["params"])
-        self.memory = plan_memory(facts, sizes, self.context)
-        self.memory.require(self._device.free_memory(), device, folder)
-        vm = self._device.load_vm(self._artefact.library)
+        self.memory = plan_memory(facts, (weights.nbytes(name) for name in facts["params"]), self.context)
+        self.memory.require(self._device.free_memory() + weights.resident, device, folder)
+        vm = self._device.load_vm(self._folder / LIBRARY)
         self._prefill, self._decode, self._score = vm["prefill"], vm["decode"], vm["score"]
-        self._params = self._device.array([self._load(name) for name in facts["params"]])
+        self._params = self._device.array([weights.tensor(name, self._device) for name in facts["params"]])
         self._state_tensors = [
             self._device.zeros(tuple(self.context if d == "context" else d for d in each["shape"]), each["dtype"])
             for each in facts["state"]
@@ -79,12 +81,24 @@ class Engine:
     @cached_property
     def tokenizer(self) -> TextTokenizer | None:
         """The checkpoint's tokenizer; None where it had none: the engine then works on ids."""
-        return TextTokenizer.find(self._artefact.folder)
+        return TextTokenizer.find(self._folder)
 
     @property
     def synthetic(self) -> bool:
         """Whether the weights are random numbers, made for measuring."""
         return self._facts.get("weights", {}).get("kind") == "synthetic"
+
+    @property
+    def state(self) -> dict[str, Any]:
+        """Caches and states as they stand on the device, by name."""
+        return {each["name"]: tensor for each, tensor in zip(self._facts["state"], self._state_tensors, strict=True)}
+
+    def seek(self, position: int) -> None:
+        """Goes on as if every sequence held `position` tokens, whatever the caches hold: for measuring at a depth."""
+        if not 0 <= position <= self.context:
+            raise Refusal(f"position {position} is outside the context of {self.context}: build with a larger --context")
+        self._positions = [position] * self.batch
+        self._device.upload(self._position, np.array(self._positions, np.int32))
 
     def reset(self) -> None:
         """Forgets every sequence. Attention caches keep their bytes: nothing reads past the position."""
@@ -139,7 +153,7 @@ class Engine:
         if not isinstance(prompt, str):
             return self._new_ids(list(prompt), max_new_tokens, sampling, seed)
         if self.tokenizer is None:
-            raise Refusal(f"{self._artefact.folder} has no tokenizer.json: give token ids instead of text")
+            raise Refusal(f"{self._folder} has no tokenizer.json: give token ids instead of text")
         ids = self.tokenizer.encode(prompt)
         return self.tokenizer.stream(self._new_ids(ids, max_new_tokens, sampling, seed))
 
@@ -222,14 +236,8 @@ class Engine:
             if not 0 <= token < self.vocab_size:
                 raise Refusal(f"token id {token} is outside the vocabulary of {self.vocab_size}")
 
-    def _load(self, name: str) -> Any:
-        stored = self._artefact.buffers[name]
-        tensor = self._device.empty(stored.shape, stored.dtype)
-        self._device.upload(tensor, self._artefact.array(name))
-        return tensor
-
     def _check(self, batch: int | None) -> None:
-        folder, longest = self._artefact.folder, self._facts["context"]
+        folder, longest = self._folder, self._facts["context"]
         if batch not in (None, self.batch):
             raise Refusal(f"{folder} decodes a batch of {self.batch}, not {batch}: build with --batch {batch}")
         if not 0 < self.context <= longest:
