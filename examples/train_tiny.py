@@ -28,6 +28,7 @@ import re
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -88,7 +89,7 @@ def split(chapters: dict[str, str]) -> tuple[str, str, str]:
     return training, validation, held_out
 
 
-def make_tokenizer(text: str) -> PreTrainedTokenizerFast:
+def make_tokenizer(text: str, vocabulary: int = VOCABULARY) -> PreTrainedTokenizerFast:
     """Byte-level BPE in Qwen's arrangement: same pre-tokenizer, special tokens behind the rest."""
     tokenizer = Tokenizer(models.BPE())
     tokenizer.normalizer = normalizers.NFC()
@@ -101,7 +102,7 @@ def make_tokenizer(text: str) -> PreTrainedTokenizerFast:
     tokenizer.decoder = decoders.ByteLevel()
     specials = [END_OF_TEXT, END_OF_TURN]
     trainer = trainers.BpeTrainer(
-        vocab_size=VOCABULARY - len(specials),
+        vocab_size=vocabulary - len(specials),
         initial_alphabet=sorted(pre_tokenizers.ByteLevel.alphabet()),
         show_progress=False,
     )
@@ -124,8 +125,8 @@ def encode(tokenizer: PreTrainedTokenizerFast, text: str) -> Tensor:
 # Model
 
 
-def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3_5ForCausalLM:
-    """Eight layers in the 3:1 pattern; the proportions follow Qwen3.5-27B where they fit.
+def make_model(tokenizer: PreTrainedTokenizerFast, **sizes: Any) -> Qwen3_5ForCausalLM:
+    """Eight layers in the 3:1 pattern; the proportions follow Qwen3.5-27B where they fit. `sizes` are other sizes.
 
     Six attention heads of 32 are wider than the hidden size, as there; each key head of the
     DeltaNet serves three value heads, as there. The rotary base is small so that all four
@@ -133,33 +134,33 @@ def make_model(tokenizer: PreTrainedTokenizerFast) -> Qwen3_5ForCausalLM:
     """
     end_of_text = tokenizer.convert_tokens_to_ids(END_OF_TEXT)
     end_of_turn = tokenizer.convert_tokens_to_ids(END_OF_TURN)
-    config = Qwen3_5TextConfig(
-        vocab_size=VOCABULARY,
-        hidden_size=128,
-        intermediate_size=352,
-        num_hidden_layers=8,
-        full_attention_interval=4,
-        num_attention_heads=6,
-        num_key_value_heads=2,
-        head_dim=32,
-        linear_num_key_heads=2,
-        linear_num_value_heads=6,
-        linear_key_head_dim=32,
-        linear_value_head_dim=32,
-        linear_conv_kernel_dim=4,
-        max_position_embeddings=2048,
-        tie_word_embeddings=False,
-        initializer_range=0.05,
-        eos_token_id=end_of_text,
-        rope_parameters={
+    tiny: dict[str, Any] = {
+        "vocab_size": len(tokenizer),
+        "hidden_size": 128,
+        "intermediate_size": 352,
+        "num_hidden_layers": 8,
+        "full_attention_interval": 4,
+        "num_attention_heads": 6,
+        "num_key_value_heads": 2,
+        "head_dim": 32,
+        "linear_num_key_heads": 2,
+        "linear_num_value_heads": 6,
+        "linear_key_head_dim": 32,
+        "linear_value_head_dim": 32,
+        "linear_conv_kernel_dim": 4,
+        "max_position_embeddings": 2048,
+        "tie_word_embeddings": False,
+        "initializer_range": 0.05,
+        "eos_token_id": end_of_text,
+        "rope_parameters": {
             "rope_type": "default",
             "rope_theta": 10000.0,
             "partial_rotary_factor": 0.25,
             "mrope_section": [2, 1, 1],
             "mrope_interleaved": True,
         },
-    )
-    model = Qwen3_5ForCausalLM(config)
+    }
+    model = Qwen3_5ForCausalLM(Qwen3_5TextConfig(**{**tiny, **sizes}))
     model.generation_config = GenerationConfig(
         bos_token_id=end_of_text,
         pad_token_id=end_of_text,
@@ -274,6 +275,21 @@ def replayed(step: Callable[[], Tensor]) -> Callable[[], Tensor]:
     return replay
 
 
+def make_optimizer(model: Qwen3_5ForCausalLM, decay: float) -> torch.optim.AdamW:
+    """AdamW whose learning rates are tensors, so that a captured step can read them; matrices alone decay."""
+    device = next(model.parameters()).device
+    decayed = [p for p in model.parameters() if p.ndim == 2]
+    others = [p for p in model.parameters() if p.ndim != 2]
+    return torch.optim.AdamW(
+        [{"params": decayed, "weight_decay": decay}, {"params": others}],
+        lr=torch.zeros((), device=device),
+        betas=(0.9, 0.95),
+        weight_decay=0.0,
+        fused=True,
+        capturable=device.type == "cuda",
+    )
+
+
 def fit(
     model: Qwen3_5ForCausalLM,
     training: Tensor,
@@ -293,16 +309,7 @@ def fit(
     ramp = steps // 2 if sparsity else 0
     pruned = projections(model) if sparsity else []
     masks = [torch.ones_like(weight) for weight in pruned]
-    decayed = [p for p in model.parameters() if p.ndim == 2]
-    others = [p for p in model.parameters() if p.ndim != 2]
-    optimizer = torch.optim.AdamW(
-        [{"params": decayed, "weight_decay": options.decay}, {"params": others}],
-        lr=torch.zeros((), device=device),
-        betas=(0.9, 0.95),
-        weight_decay=0.0,
-        fused=True,
-        capturable=device.type == "cuda",
-    )
+    optimizer = make_optimizer(model, options.decay)
     starts = torch.zeros(options.batch, dtype=torch.long, device=device)
     offsets = torch.arange(length + 1, device=device)
     unseen = validation.unfold(0, length + 1, length)  # [windows, length + 1], the tail left out
