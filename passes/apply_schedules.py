@@ -14,7 +14,7 @@ from tvm_sparse.schedules.table import SPEC_ATTR, instantiate, write_decisions
 
 @tvm.transform.module_pass(opt_level=0)
 class ApplySchedules:
-    """`records` is a folder of tuning records opened, or None: defaults everywhere.
+    """`records` are the tuning records that serve a machine, or None: defaults everywhere.
 
     A CPU kernel notes the decisions for every instruction set, since its library holds all of them; the function in
     the module is the one that runs on any x86-64.
@@ -34,6 +34,6 @@ class ApplySchedules:
         archs = CPU_ISAS if spec.device == "cpu" else (spec.arch,)
         tuned = {}
         if self.records is not None:
-            found = {arch: self.records.find(replace(spec, arch=arch)) for arch in archs}
+            found = {arch: self.records.find(replace(spec, arch=arch)).decisions for arch in archs}
             tuned = {arch: decisions for arch, decisions in found.items() if decisions is not None}
         return write_decisions(instantiate(spec, tuned.get(spec.arch)), tuned)

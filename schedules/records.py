@@ -1,67 +1,133 @@
-"""Tuning records: MetaSchedule's own JSON database in `tuning_logs/<target>/`, looked up by kernel spec."""
+"""Tuning records: MetaSchedule's own JSON database, a folder for each machine that ran, looked up by kernel spec."""
 
 from __future__ import annotations
 
+import sys
+from dataclasses import dataclass, replace
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 import tvm
 
+from tvm_sparse.formats.base import FormatChoice
 from tvm_sparse.schedules import fast_parse  # noqa: F401  before MetaSchedule, which parses TVMScript when imported
 from tvm_sparse.schedules.space import annotated_decisions, workload
 from tvm_sparse.schedules.spec import KernelSpec
 from tvm_sparse.schedules.table import space
+from tvm_sparse.targets import MACHINES, Machine
 
+TUNING_LOGS = Path(__file__).resolve().parent.parent / "tuning_logs"
 WORKLOADS, RECORDS = "database_workload.json", "database_tuning_record.json"
 
-# MetaSchedule stores a failed trial as 1e10 seconds; no kernel here takes a minute.
+# MetaSchedule's own callback stores a failed trial as 1e10 seconds; no kernel here takes a minute.
 _FAILED = 60.0
 
 
-class Records:
-    """The records of one folder; a folder without records answers None to everything."""
+@dataclass(frozen=True)
+class Trial:
+    """One schedule of a kernel and what a call with it takes: seconds, one number for each kind of data it was given.
+
+    `error` says why there is no number.
+    """
+
+    decisions: dict[str, int]
+    seconds: tuple[float, ...]
+    error: str = ""
+
+    @property
+    def mean(self) -> float:
+        return fmean(self.seconds)
+
+
+class Log:
+    """The records of one folder; one without records has no trials."""
 
     def __init__(self, folder: str | Path):
         self.folder = Path(folder)
         self._database: Any = None
-        self._found: dict[KernelSpec, dict[str, int] | None] = {}
 
-    def find(self, spec: KernelSpec) -> dict[str, int] | None:
-        """The decisions of the fastest successful trial for exactly this spec.
+    def trials(self, spec: KernelSpec) -> list[Trial]:
+        """Everything that ran for exactly this spec, fastest first; of another version of the kernel, too."""
+        if self._database is None and not (self.folder / RECORDS).is_file():
+            return []
+        mod = workload(spec)
+        if not self._open().has_workload(mod):
+            return []
+        # commit_workload only returns the workload where it is known
+        found = self._open().get_top_k(self._open().commit_workload(mod), 1 << 20)
+        trials = (Trial(_replay(record, mod), tuple(float(s) for s in record.run_secs)) for record in found)
+        return [trial for trial in trials if trial.seconds and trial.mean < _FAILED]
 
-        None too where the kernel's template has changed since: a decision that is no longer in its space.
-        """
+    def add(self, spec: KernelSpec, candidate: Any, target: tvm.target.Target, seconds: tuple[float, ...]) -> None:
+        """Writes a trial that ran: `candidate` is MetaSchedule's, of the spec's `workload`."""
+        from tvm.s_tir.meta_schedule.database import TuningRecord
+
+        known = self._open().commit_workload(workload(spec))
+        record = TuningRecord(candidate.sch.trace, known, list(seconds), target, candidate.args_info)
+        self._open().commit_tuning_record(record)
+
+    def _open(self) -> Any:
+        if self._database is None:
+            from tvm.s_tir.meta_schedule.database import JSONDatabase
+
+            self.folder.mkdir(parents=True, exist_ok=True)
+            self._database = JSONDatabase(str(self.folder / WORKLOADS), str(self.folder / RECORDS))
+        return self._database
+
+
+@dataclass(frozen=True)
+class Found:
+    """What the records say of a kernel: decisions, None for the default schedule, and in words where from."""
+
+    decisions: dict[str, int] | None
+    origin: str
+
+
+class Records:
+    """What a build for `machine` looks up: its own folder in `root` first, then that of its lender."""
+
+    def __init__(self, machine: Machine, root: str | Path = TUNING_LOGS):
+        self._machine = machine
+        lenders = [MACHINES[machine.lender]] if machine.lender else []
+        self._logs = [(owner, Log(Path(root) / owner.logs)) for owner in (machine, *lenders)]
+        self._found: dict[KernelSpec, Found] = {}
+
+    def find(self, spec: KernelSpec) -> Found:
+        """The fastest trial whose decisions this version of the kernel has; others are ignored with a word."""
         if spec not in self._found:
             self._found[spec] = self._look_up(spec)
         return self._found[spec]
 
-    def _look_up(self, spec: KernelSpec) -> dict[str, int] | None:
-        if self._database is None:
-            if not (self.folder / RECORDS).is_file():
-                return None
-            self._database = open_database(self.folder)
-        mod = workload(spec)
-        if not self._database.has_workload(mod):
-            return None
-        # commit_workload only returns the workload where it is known
-        for record in self._database.get_top_k(self._database.commit_workload(mod), 1):
-            if float(sum(record.run_secs)) / len(record.run_secs) < _FAILED:
-                return _replay(record, mod)
-        return None
+    def _look_up(self, spec: KernelSpec) -> Found:
+        origin = "default"
+        for owner, log in self._logs:
+            lent = spec if owner == self._machine else _cut_for(spec, self._machine, owner)
+            trials = log.trials(lent)
+            for trial in trials:
+                if fits(spec, trial.decisions):
+                    return Found(trial.decisions, f"{'tuned on' if lent is spec else 'transferred from'} {owner.logs}")
+            if trials:
+                origin = f"default: the records in {owner.logs} are of another version of the kernel"
+                print(f"  {spec.name}: {origin}", file=sys.stderr)
+        return Found(None, origin)
 
 
-def open_database(folder: Path) -> Any:
-    from tvm.s_tir.meta_schedule.database import JSONDatabase
+def fits(spec: KernelSpec, decisions: dict[str, int]) -> bool:
+    """Whether these are decisions of the kernel's template as it is now."""
+    choices = {decision.name: decision.choices for decision in space(spec)}
+    return decisions.keys() == choices.keys() and all(value in choices[name] for name, value in decisions.items())
 
-    return JSONDatabase(str(folder / WORKLOADS), str(folder / RECORDS))
+
+def _cut_for(spec: KernelSpec, machine: Machine, owner: Machine) -> KernelSpec:
+    """The same kernel as a build for `owner` has it: its architecture, and as many bins as it has cores."""
+    bins = [("bins", owner.cores if value == machine.cores else value) for key, value in spec.choice.options
+            if key == "bins"]  # fmt: skip
+    options = tuple({**dict(spec.choice.options), **dict(bins)}.items())
+    return replace(spec, choice=FormatChoice(spec.choice.name, options), arch=owner.arch)
 
 
-def _replay(record: Any, mod: tvm.IRModule) -> dict[str, int] | None:
+def _replay(record: Any, mod: tvm.IRModule) -> dict[str, int]:
     schedule = tvm.s_tir.Schedule(mod)
     record.trace.apply_to_schedule(schedule, remove_postproc=False)
-    try:
-        spec, decisions = annotated_decisions(schedule.mod)
-    except KeyError:
-        return None
-    fits = all(decisions[decision.name] in decision.choices for decision in space(spec))
-    return decisions if fits else None
+    return annotated_decisions(schedule.mod)[1]

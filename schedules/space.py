@@ -58,12 +58,11 @@ def schedule_space(sch: tvm.s_tir.Schedule) -> None:
 
 
 def annotated_decisions(mod: tvm.IRModule) -> tuple[KernelSpec, dict[str, int]]:
-    """What a scheduled `workload` is: its spec and the decisions on its block."""
-    function = mod["main"]
-    spec = KernelSpec.from_json(function.attrs[SPEC_ATTR])
-    block = tvm.s_tir.Schedule(mod)
-    annotations = block.get(block.get_sblock(BLOCK)).annotations
-    return spec, {decision.name: int(annotations[decision.name]) for decision in space(spec)}
+    """What a scheduled `workload` is: its spec and the decisions on its block, of whatever version of the kernel."""
+    schedule = tvm.s_tir.Schedule(mod)
+    annotations = schedule.get(schedule.get_sblock(BLOCK)).annotations
+    spec = KernelSpec.from_json(mod["main"].attrs[SPEC_ATTR])
+    return spec, {str(name): int(value) for name, value in annotations.items()}
 
 
 def _empty_block(y: tirx.Buffer, at: list[int]) -> None:

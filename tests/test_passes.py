@@ -21,11 +21,9 @@ from tvm_sparse.passes.fuse_projections import FuseProjections, find_fusions
 from tvm_sparse.passes.lower_sparse_matmul import LowerSparseMatmul
 from tvm_sparse.passes.verify_schedules import UnfinishedKernel, VerifySchedules
 from tvm_sparse.plan import keep_dense
-from tvm_sparse.schedules.records import Records
-from tvm_sparse.schedules.space import is_sketch, sketch
+from tvm_sparse.schedules.space import sketch
 from tvm_sparse.schedules.spec import KernelSpec
-from tvm_sparse.schedules.table import SPEC_ATTR, instantiate, read_decisions
-from tvm_sparse.schedules.tuning import tune
+from tvm_sparse.schedules.table import SPEC_ATTR, instantiate
 
 BITMAP = FORMATS["bitmap"].choice()
 
@@ -202,28 +200,6 @@ def test_the_whole_way_down_keeps_the_numbers(tmp_path):
     want = (x.float() @ torch.cat([q, k]).float().T).bfloat16().float() @ o.float().T
     assert y.dtype == torch.float32
     torch.testing.assert_close(y, want, rtol=1e-2, atol=1e-2)
-
-
-def test_apply_schedules_replays_a_tuned_record(tmp_path):
-    """Four trials on the real MetaSchedule path; the fastest decides the kernel, a failure never does."""
-    spec = KernelSpec(BITMAP, 48, 64, 1, "bfloat16", "float32", "avx512")
-    trials = tune(spec, tmp_path, 4, pretend)
-    best = min((t for t in trials if not t.error), key=lambda t: t.seconds[0])
-    assert Records(tmp_path).find(spec) == best.decisions
-    assert Records(tmp_path).find(replace(spec, n=64)) is None
-    assert Records(tmp_path / "nothing").find(spec) is None
-
-    mod = tvm.IRModule({"kernel": sketch(replace(spec, arch="x86-64"))})
-    applied = ApplySchedules(Records(tmp_path))(mod)["kernel"]
-    assert read_decisions(applied) == {"avx512": best.decisions}
-    assert not is_sketch(applied)
-
-
-def pretend(_: tvm.tirx.PrimFunc, spec: KernelSpec) -> list[float]:
-    pretend.calls = getattr(pretend, "calls", 0) + 1
-    if pretend.calls == 1:
-        raise ValueError("does not fit")
-    return [1e-3 / pretend.calls]
 
 
 def test_verify_schedules_names_the_unfinished_kernel():

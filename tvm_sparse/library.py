@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,8 +30,6 @@ from tvm_sparse.progress import DEBUG
 from tvm_sparse.schedules.records import Records
 from tvm_sparse.schedules.spec import KernelSpec
 from tvm_sparse.schedules.table import SPEC_ATTR, read_decisions
-
-TUNING_LOGS = Path(__file__).resolve().parent.parent / "tuning_logs"
 
 
 @dataclass(frozen=True)
@@ -64,11 +62,11 @@ def compile_library(
     """Builds and writes `path`. Raises Refusal where a compiler is missing."""
     device = machines[0].device
     arch = min((machine.arch for machine in machines), key=lambda name: (len(name), name))
-    records = Records(TUNING_LOGS / machines[0].name)
+    records = Records(machines[0])
     mod = import_model(config, layout, plan, dtype, batch, device)
     mod = lower(mod, layout, plan, arch, records)
     params = _params(mod)
-    schedules = _schedules(mod, machines[0].name)
+    schedules = _schedules(mod, records)
     mod = tvm.transform.Sequential([BundleParameters()])(mod)
     meter = WorkspaceMeter()
     images: dict[str, list[str]] = {}
@@ -136,12 +134,14 @@ def _params(mod: tvm.IRModule) -> tuple[str, ...]:
     return orders.pop()
 
 
-def _schedules(mod: tvm.IRModule, machine: str) -> dict[str, str]:
+def _schedules(mod: tvm.IRModule, records: Records) -> dict[str, str]:
+    """Kernel -> where its schedule comes from, with the decisions of records by architecture."""
     found = {}
     for function in mod.functions.values():
-        spec = (function.attrs or {}).get(SPEC_ATTR)
-        if spec is not None:
-            tuned = read_decisions(function)
-            source = f"tuned on {machine}: {json.dumps(tuned, sort_keys=True)}" if tuned else "default"
-            found[KernelSpec.from_json(str(spec)).name] = source
+        if SPEC_ATTR not in (function.attrs or {}):
+            continue
+        spec, tuned = KernelSpec.from_json(function.attrs[SPEC_ATTR]), read_decisions(function)
+        archs = tuned or (spec.arch,)
+        origins = dict.fromkeys(records.find(replace(spec, arch=arch)).origin for arch in archs)
+        found[spec.name] = ", ".join(origins) + (f": {json.dumps(tuned, sort_keys=True)}" if tuned else "")
     return found

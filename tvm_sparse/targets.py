@@ -12,7 +12,8 @@ class Machine:
     """What the compiler, the plan and the report need to know of a machine.
 
     `arch` keys the kernel table ("x86-64" or an nvcc arch), `bandwidth` is bytes a second of memory, `l2` bytes of
-    last-level cache, `cores` streaming multiprocessors (0: ask the machine that runs it).
+    last-level cache, `cores` streaming multiprocessors (0: ask the machine that runs it). Where it has no tuning record
+    of its own, `lender` has one, or nobody.
     """
 
     name: str
@@ -20,6 +21,12 @@ class Machine:
     cores: int
     bandwidth: float
     l2: int
+    lender: str = ""
+
+    @property
+    def logs(self) -> str:
+        """Its folder in tuning_logs/: only what ran on this machine stands there."""
+        return f"nvidia-{self.name}" if self.is_gpu else self.name
 
     @property
     def is_gpu(self) -> bool:
@@ -34,9 +41,9 @@ class Machine:
 MACHINES = {
     machine.name: machine
     for machine in (
-        Machine("b200", "sm_100a", cores=148, bandwidth=8.0e12, l2=126 << 20),
+        Machine("b200", "sm_100a", cores=148, bandwidth=8.0e12, l2=126 << 20, lender="h200"),
         Machine("h200", "sm_90a", cores=132, bandwidth=4.8e12, l2=60 << 20),
-        Machine("h100", "sm_90a", cores=132, bandwidth=3.35e12, l2=50 << 20),
+        Machine("h100", "sm_90a", cores=132, bandwidth=3.35e12, l2=50 << 20, lender="h200"),
         Machine("cpu", "x86-64", cores=0, bandwidth=5.0e10, l2=32 << 20),
     )
 }
