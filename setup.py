@@ -44,6 +44,7 @@ setup(
         "tvm_sparse.schedules.cuda",
     ],
     package_dir={"tvm_sparse.passes": "passes", "tvm_sparse.schedules": "schedules"},
+    package_data={"tvm_sparse.codegen": ["*.c"]},
     install_requires=RUNTIME,
     extras_require={"build": BUILD, "tune": TUNE, "cuda": CUDA, "dev": [*BUILD, *TUNE, *DEV]},
 )

@@ -16,7 +16,7 @@ from types import ModuleType
 import tvm
 
 from tvm_sparse.errors import Refusal
-from tvm_sparse.schedules.ops import ATTRIBUTES
+from tvm_sparse.schedules.ops import ATTRIBUTES, as_kernel
 from tvm_sparse.schedules.spec import KernelSpec
 
 SPEC_ATTR = "tvm_sparse.spec"
@@ -33,6 +33,25 @@ KERNELS = {
         "block": "block",
     }.items()
 }
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """A module with build(spec) -> PrimFunc (the format's buffers in order, w [n, k] bfloat16), k a multiple of 8.
+
+    Up to `most` tokens the format's own kernel is as fast as decoding and a dense product.
+    """
+
+    module: str
+    most: int
+
+
+DECODERS = {
+    "bitmap": Decoder("tvm_sparse.schedules.cuda.decode_bitmap", 16),
+    "2:4": Decoder("tvm_sparse.schedules.cuda.decode_two_four", 16),
+    "block": Decoder("tvm_sparse.schedules.cuda.decode_block", 16),
+}
+"""Formats that a GPU decodes into a dense matrix where there are many tokens (schedules/product.py)."""
 
 
 @dataclass(frozen=True)
@@ -75,6 +94,12 @@ def instantiate(spec: KernelSpec, decisions: Mapping[str, int] | None = None) ->
     if function.attrs and "global_symbol" in function.attrs:
         function = function.without_attr("global_symbol")
     return function.with_attr({**ATTRIBUTES, SPEC_ATTR: spec.to_json()})
+
+
+def decoder(spec: KernelSpec) -> tvm.tirx.PrimFunc:
+    """The kernel that decodes the spec's matrix: (the format's buffers in order, w [n, k] bfloat16)."""
+    function = import_module(DECODERS[spec.choice.name].module).build(spec)
+    return as_kernel(function)
 
 
 def write_decisions(function: tvm.tirx.PrimFunc, tuned: Mapping[str, Mapping[str, int]]) -> tvm.tirx.PrimFunc:

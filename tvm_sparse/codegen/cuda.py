@@ -81,8 +81,12 @@ def build_cuda_library(
 
     target = cuda_target(machines)
     arches = sorted({machine.arch for machine in machines}, key=_number)
-    with _nvcc(toolkit, arches), target, tvm.transform.PassContext(instruments=list(instruments)):
-        tvm.compile(mod, target=target).export_library(str(out_path))
+    from tvm_sparse.codegen.many_tokens import host_objects
+
+    with tempfile.TemporaryDirectory() as folder, _nvcc(toolkit, arches), target:
+        objects = host_objects(mod, Path(folder))
+        with tvm.transform.PassContext(instruments=list(instruments)):
+            tvm.compile(mod, target=target).export_library(str(out_path), addons=objects)
     found = images(out_path)
     kernels = {arch: set(found.get(arch, ())) for arch in arches}
     if len({frozenset(names) for names in kernels.values()}) != 1 or not all(kernels.values()):

@@ -1,0 +1,76 @@
+"""Builds the products of many tokens that run_prefill.py checks: python tests/gpu/build_prefill.py OUT.so [machine ...]
+
+Beside OUT.so stands OUT.json: a row for each product, for a machine without TVM's compiler.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+import time
+from dataclasses import asdict
+from pathlib import Path
+
+import tvm
+
+from tvm_sparse.codegen.cuda import build_cuda_library
+from tvm_sparse.formats import FORMATS
+from tvm_sparse.schedules.product import dense_spec, product, write_products
+from tvm_sparse.schedules.spec import KernelSpec
+from tvm_sparse.schedules.table import DECODERS, decoder, instantiate
+from tvm_sparse.targets import MACHINES
+
+RAGGED = ((1, 8), (33, 40), (100, 64), (257, 1000), (1000, 1000))
+MODEL = ((34816, 5120), (5120, 17408), (16480, 5120), (14336, 5120), (5120, 6144))
+BATCHES = (2, 16)  # sequences decoded together with dense matrices
+
+
+def choices():
+    """Every format with a decoder, as the plan would cut it for an H200."""
+    known = {
+        "bitmap": FORMATS["bitmap"].choice(),
+        "2:4": FORMATS["2:4"].choice(),
+        "block": FORMATS["block"].choice(16, 16),
+    }
+    return [known.get(name) or FORMATS[name].choice() for name in DECODERS]
+
+
+def specs():
+    dense = FORMATS["dense"].choice()
+    for i, (n, k) in enumerate(RAGGED):
+        for choice in [dense, *choices(), FORMATS["block"].choice(3, 20)]:
+            yield KernelSpec(choice, n, k, None, "bfloat16", ("bfloat16", "float32")[i % 2], "sm_90a")
+    for n, k in MODEL:
+        for choice in [dense, *choices()]:
+            yield KernelSpec(choice, n, k, None, "bfloat16", "bfloat16", "sm_90a")
+        for m in BATCHES:
+            yield KernelSpec(dense, n, k, m, "bfloat16", "bfloat16", "sm_90a")
+
+
+def main(out: str, *machines: str) -> None:
+    functions, products, rows = {}, {}, []
+    began = time.perf_counter()
+    for spec in specs():
+        made = product(spec)
+        assert made is not None, spec
+        products[made.symbol] = made
+        if made.dense not in functions:
+            functions[made.dense] = instantiate(dense_spec(spec))
+        if made.few:
+            functions[made.few] = instantiate(spec)
+        if made.decode:
+            functions[made.decode] = decoder(spec)
+        rows.append({**asdict(made), "n": spec.n, "k": spec.k, "m": spec.m, "out_dtype": spec.out_dtype,
+                     "format": spec.choice.name, "options": dict(spec.choice.options)})  # fmt: skip
+    mod = tvm.IRModule({name: f.with_attr("global_symbol", name) for name, f in functions.items()})
+    written = time.perf_counter()
+    found = build_cuda_library(
+        write_products(mod, list(products.values())), out, [MACHINES[name] for name in machines or ("h200",)]
+    )
+    Path(out).with_suffix(".json").write_text(json.dumps(rows))
+    counts = {arch: len(names) for arch, names in found.items()}
+    print(f"{counts} kernels; parsed in {written - began:.0f} s, built in {time.perf_counter() - written:.0f} s")
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
