@@ -42,6 +42,7 @@ setup(
         "tvm_sparse.schedules",
         "tvm_sparse.schedules.cpu",
         "tvm_sparse.schedules.cuda",
+        "tvm_sparse.tune",
     ],
     package_dir={"tvm_sparse.passes": "passes", "tvm_sparse.schedules": "schedules"},
     package_data={"tvm_sparse.codegen": ["*.c"]},

@@ -25,8 +25,9 @@ ORDER = (
     ("tvm_sparse.models",),
     ("tvm_sparse.codegen",),
     ("tvm_sparse.library", "tvm_sparse.report"),
-    ("tvm_sparse.build", "tvm_sparse.evaluate", "tvm_sparse.prune", "tvm_sparse.tune"),
+    ("tvm_sparse.build", "tvm_sparse.evaluate", "tvm_sparse.prune"),
     ("tvm_sparse.bench",),
+    ("tvm_sparse.tune",),
 )
 
 
