@@ -1,6 +1,6 @@
 """`python -m tvm_sparse.build`: a checkpoint goes in, one folder with a compiled library and packed weights comes out.
 
-    configuration -> layout -> checkpoint -> pruning -> plan and packed buffers -> library -> report
+configuration -> layout -> checkpoint -> pruning -> plan and packed buffers -> library -> report
 """
 
 from __future__ import annotations
@@ -44,23 +44,12 @@ def build(config: BuildConfig) -> None:
     (the library is built for the declared sparsity all the same).
     """
     phases = Phases()
-    model = model_config(config.model)
-    config = replace(config, context=_context(config, model))
-    layout = make_layout(model)
-    selected = select(model, config.include, config.exclude)
+    config, model, layout, selected = _prepare(config)
     pruner = Pruner(config.prune, config.sparsity, config.pattern, config.granularity)
-    _require_machines(config)
-
     with phases.phase("open the checkpoint"):
         missing, checkpoint = _open(config, model)
     if checkpoint is None:
-        if config.sparsity is None:
-            raise Refusal(f"--prune none measures the checkpoint's zeros, and there is none: {missing}")
-        plan = _declare(config, model, layout, selected)
-        _compile(config, model, layout, plan, phases)
-        report = _report(config, model, plan, {"kind": "none"}, phases, [str(missing)])
-        _finish(config, report, model, layout, None)
-        assert missing is not None
+        _without_weights(config, model, layout, selected, phases, str(missing))
         raise WeightsUnavailable(f"{config.out / LIBRARY} is built and kept, its weights are missing: {missing}")
 
     if line := checkpoint.dropped_line():
@@ -76,6 +65,31 @@ def build(config: BuildConfig) -> None:
     notes = [line for line in (checkpoint.dropped_line(),) if line]
     notes += [f"{negative} weights were -0.0 and are +0.0"] if negative else []
     _finish(config, _report(config, model, plan, checkpoint.origin, phases, notes), model, layout, checkpoint)
+
+
+def build_library(config: BuildConfig) -> None:
+    """`config.out` with the library and its report alone, for the declared sparsity. Raises Refusal as `build` does."""
+    config, model, layout, selected = _prepare(config)
+    _without_weights(config, model, layout, selected, Phases(), "none were asked for")
+
+
+def _prepare(config: BuildConfig) -> tuple[BuildConfig, ModelConfig, Layout, tuple[str, ...]]:
+    """What is known before any work, the context filled in."""
+    model = model_config(config.model)
+    config = replace(config, context=_context(config, model))
+    selected = select(model, config.include, config.exclude)
+    _require_machines(config)
+    return config, model, make_layout(model), selected
+
+
+def _without_weights(
+    config: BuildConfig, model: ModelConfig, layout: Layout, selected: Sequence[str], phases: Phases, missing: str
+) -> None:
+    if config.sparsity is None:
+        raise Refusal(f"--prune none measures the checkpoint's zeros, and there is none: {missing}")
+    plan = _declare(config, model, layout, selected)
+    _compile(config, model, layout, plan, phases)
+    _finish(config, _report(config, model, plan, {"kind": "none"}, phases, [missing]), model, layout, None)
 
 
 def _require_machines(config: BuildConfig) -> None:
@@ -121,9 +135,7 @@ def _declare(config: BuildConfig, model: ModelConfig, layout: Layout, selected: 
     )
 
 
-def _pack(
-    config: BuildConfig, checkpoint: Checkpoint, layout: Layout, weights: PrunedWeights, expected: int
-) -> Plan:
+def _pack(config: BuildConfig, checkpoint: Checkpoint, layout: Layout, weights: PrunedWeights, expected: int) -> Plan:
     """Packs into OUT; weights that cannot be packed leave no new folder behind."""
     fresh = not config.out.exists()
     try:

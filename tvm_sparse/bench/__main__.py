@@ -1,20 +1,20 @@
-"""`python -m tvm_sparse.bench kernels ...`"""
+"""`python -m tvm_sparse.bench kernels | model ...`"""
 
 from __future__ import annotations
 
 import sys
 from collections.abc import Sequence
+from importlib import import_module
 
-from tvm_sparse.bench import kernels
 from tvm_sparse.errors import Refusal, run_command
 
-COMMANDS = {"kernels": kernels.main}
+COMMANDS = {"kernels": "tvm_sparse.bench.kernels", "model": "tvm_sparse.bench.model"}
 
 
 def main(argv: Sequence[str]) -> None:
     if not argv or argv[0] not in COMMANDS:
         raise Refusal(f"say what to measure: python -m tvm_sparse.bench {' | '.join(COMMANDS)} --help")
-    COMMANDS[argv[0]](argv[1:])
+    import_module(COMMANDS[argv[0]]).main(argv[1:])
 
 
 if __name__ == "__main__":

@@ -89,6 +89,11 @@ class Engine:
         return self._facts.get("weights", {}).get("kind") == "synthetic"
 
     @property
+    def device(self) -> str:
+        """"cpu" or "cuda"."""
+        return self._device.kind
+
+    @property
     def state(self) -> dict[str, Any]:
         """Caches and states as they stand on the device, by name."""
         return {each["name"]: tensor for each, tensor in zip(self._facts["state"], self._state_tensors, strict=True)}
@@ -96,7 +101,7 @@ class Engine:
     def seek(self, position: int) -> None:
         """Goes on as if every sequence held `position` tokens, whatever the caches hold: for measuring at a depth."""
         if not 0 <= position <= self.context:
-            raise Refusal(f"position {position} is outside the context of {self.context}: build with a larger --context")
+            raise Refusal(f"position {position} is over the context of {self.context}: build with a larger --context")
         self._positions = [position] * self.batch
         self._device.upload(self._position, np.array(self._positions, np.int32))
 
@@ -124,6 +129,15 @@ class Engine:
         logits = self._device.download(self._decode_step())
         self._positions = [position + 1 for position in self._positions]
         return logits[0] if self.batch == 1 else logits
+
+    def advance(self, count: int) -> None:
+        """`count` decode steps that feed the last token again and leave their logits on the device: for measuring."""
+        for slot in range(self.batch):
+            self._require_room(slot, [0] * count)
+        for _ in range(count):
+            logits = self._decode_step()
+        self._positions = [position + count for position in self._positions]
+        self._device.download(logits)
 
     def score(self, ids: Sequence[int] | Sequence[Sequence[int]]) -> np.ndarray | list[np.ndarray]:
         """float32 [n - 1]: the log-probability of each token after the first (a list of them for a batch).
