@@ -1,6 +1,6 @@
 """`python -m tvm_sparse.build`: a checkpoint goes in, one folder with a compiled library and packed weights comes out.
 
-configuration -> layout -> checkpoint -> pruning -> plan and packed buffers -> library -> report
+configuration -> checkpoint -> fold -> layout -> pruning -> plan and packed buffers -> library -> report
 """
 
 from __future__ import annotations
@@ -20,6 +20,7 @@ from tvm_sparse.artefact.writer import write_json
 from tvm_sparse.checkpoint import Checkpoint, WeightsUnavailable, model_config, open_checkpoint
 from tvm_sparse.config import DEFAULT_CONTEXT, BuildConfig, parse_build
 from tvm_sparse.errors import Refusal, run_command
+from tvm_sparse.folding.decide import Fold, check_fold, decide_fold
 from tvm_sparse.formats import FORMATS
 from tvm_sparse.layout import Layout, make_layout
 from tvm_sparse.models.config import ModelConfig
@@ -44,52 +45,58 @@ def build(config: BuildConfig) -> None:
     (the library is built for the declared sparsity all the same).
     """
     phases = Phases()
-    config, model, layout, selected = _prepare(config)
+    config, model, selected = _prepare(config)
     pruner = Pruner(config.prune, config.sparsity, config.pattern, config.granularity)
     with phases.phase("open the checkpoint"):
         missing, checkpoint = _open(config, model)
     if checkpoint is None:
-        _without_weights(config, model, layout, selected, phases, str(missing))
+        _without_weights(config, model, selected, phases, str(missing))
         raise WeightsUnavailable(f"{config.out / LIBRARY} is built and kept, its weights are missing: {missing}")
 
     if line := checkpoint.dropped_line():
         print(f"  {line}", file=sys.stderr)
     model = replace(model, eos_token_ids=checkpoint.config.eos_token_ids)
+    with phases.phase("fold"):
+        fold = decide_fold(config.fold, model, checkpoint, str(packing_device()))
+    layout = make_layout(model, fold.schedule)
     with phases.phase("prune and pack"):
-        weights = PrunedWeights(checkpoint, pruner, selected, packing_device())
-        plan = _pack(config, checkpoint, layout, weights, _declare(config, model, layout, selected).nbytes)
+        weights = PrunedWeights(fold.weights(checkpoint), pruner, selected, packing_device())
+        plan = _pack(config, layout, weights, _declare(config, model, layout, selected).nbytes)
     if DEBUG >= 2:
         print(plan, file=sys.stderr)
     _compile(config, model, layout, plan, phases)
     negative = sum(zeros.negative_zeros for zeros in weights.zeros.values())
     notes = [line for line in (checkpoint.dropped_line(),) if line]
     notes += [f"{negative} weights were -0.0 and are +0.0"] if negative else []
-    _finish(config, _report(config, model, plan, checkpoint.origin, phases, notes), model, layout, checkpoint)
+    _finish(config, _report(config, fold, plan, checkpoint.origin, phases, notes), model, layout, checkpoint)
 
 
 def build_library(config: BuildConfig) -> None:
     """`config.out` with the library and its report alone, for the declared sparsity. Raises Refusal as `build` does."""
-    config, model, layout, selected = _prepare(config)
-    _without_weights(config, model, layout, selected, Phases(), "none were asked for")
+    config, model, selected = _prepare(config)
+    _without_weights(config, model, selected, Phases(), "none were asked for")
 
 
-def _prepare(config: BuildConfig) -> tuple[BuildConfig, ModelConfig, Layout, tuple[str, ...]]:
+def _prepare(config: BuildConfig) -> tuple[BuildConfig, ModelConfig, tuple[str, ...]]:
     """What is known before any work, the context filled in."""
     model = model_config(config.model)
     config = replace(config, context=_context(config, model))
+    check_fold(config.fold, model)
     selected = select(model, config.include, config.exclude)
     _require_machines(config)
-    return config, model, make_layout(model), selected
+    return config, model, selected
 
 
 def _without_weights(
-    config: BuildConfig, model: ModelConfig, layout: Layout, selected: Sequence[str], phases: Phases, missing: str
+    config: BuildConfig, model: ModelConfig, selected: Sequence[str], phases: Phases, missing: str
 ) -> None:
     if config.sparsity is None:
         raise Refusal(f"--prune none measures the checkpoint's zeros, and there is none: {missing}")
+    fold = decide_fold(config.fold, model, None, "cpu")
+    layout = make_layout(model, fold.schedule)
     plan = _declare(config, model, layout, selected)
     _compile(config, model, layout, plan, phases)
-    _finish(config, _report(config, model, plan, {"kind": "none"}, phases, [missing]), model, layout, None)
+    _finish(config, _report(config, fold, plan, {"kind": "none"}, phases, [missing]), model, layout, None)
 
 
 def _require_machines(config: BuildConfig) -> None:
@@ -135,12 +142,12 @@ def _declare(config: BuildConfig, model: ModelConfig, layout: Layout, selected: 
     )
 
 
-def _pack(config: BuildConfig, checkpoint: Checkpoint, layout: Layout, weights: PrunedWeights, expected: int) -> Plan:
+def _pack(config: BuildConfig, layout: Layout, weights: PrunedWeights, expected: int) -> Plan:
     """Packs into OUT; weights that cannot be packed leave no new folder behind."""
     fresh = not config.out.exists()
     try:
         return pack_model(
-            config.out, _fingerprint(config, checkpoint), layout, weights, config.targets, config.batch,
+            config.out, _fingerprint(config, layout, weights.checkpoint), layout, weights, config.targets, config.batch,
             _blocks(config), _formats(config), expected,
         )  # fmt: skip
     except Refusal:
@@ -149,11 +156,12 @@ def _pack(config: BuildConfig, checkpoint: Checkpoint, layout: Layout, weights: 
         raise
 
 
-def _fingerprint(config: BuildConfig, checkpoint: Checkpoint) -> str:
+def _fingerprint(config: BuildConfig, layout: Layout, checkpoint: Checkpoint) -> str:
     """Everything the packed bytes depend on: another one does not resume what an earlier build left."""
     facts = {
         "versions": installed(),
         "checkpoint": checkpoint.fingerprint(),
+        "layers": sorted(set(layout.schedule)),
         "pruning": _pruning(config),
         "targets": [machine.name for machine in config.targets],
         "batch": config.batch,
@@ -224,7 +232,7 @@ def _finish(config: BuildConfig, report: dict[str, Any], model: ModelConfig, lay
     })  # fmt: skip
 
 
-def _report(config: BuildConfig, model: ModelConfig, plan: Plan, weights: dict[str, Any], phases: Phases,
+def _report(config: BuildConfig, fold: Fold, plan: Plan, weights: dict[str, Any], phases: Phases,
             notes: list[str]) -> dict[str, Any]:  # fmt: skip
     from tvm_sparse.report import make_report
 
@@ -236,6 +244,7 @@ def _report(config: BuildConfig, model: ModelConfig, plan: Plan, weights: dict[s
         "batch": config.batch,
         "context": config.context,
         "pruning": _pruning(config),
+        "fold": {} if config.fold.off else fold.facts,
         "seconds": phases.seconds,
         "peak_memory": peak_memory(),
         "notes": notes,

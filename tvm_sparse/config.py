@@ -10,6 +10,7 @@ from pathlib import Path
 
 from tvm_sparse.command_line import CommandParser
 from tvm_sparse.errors import Refusal
+from tvm_sparse.folding.request import FoldRequest, add_fold_flags, read_fold_flags
 from tvm_sparse.pruning import Pattern, parse_pattern
 from tvm_sparse.targets import Machine, parse_targets
 
@@ -40,6 +41,7 @@ class BuildConfig:
     context: int | None
     batch: int
     seed: int
+    fold: FoldRequest
     out: Path
 
     @property
@@ -65,6 +67,7 @@ def parse_build(argv: Sequence[str]) -> BuildConfig:
         "where the model ends earlier)")  # fmt: skip
     add("--batch", type=int, default=1, help="sequences decoded together")
     add("--seed", type=int, default=0, help="of synthetic weights")
+    add_fold_flags(parser)
     add("--out", type=Path, help="the artefact (default dist/MODEL-sSPARSITY-TARGET)")
     args = parser.parse_args(argv)
 
@@ -88,6 +91,7 @@ def parse_build(argv: Sequence[str]) -> BuildConfig:
         _check_expression(expression)
 
     targets = parse_targets(args.target)
+    fold = read_fold_flags(args)
     return BuildConfig(
         model=args.model,
         sparsity=args.sparsity,
@@ -102,7 +106,8 @@ def parse_build(argv: Sequence[str]) -> BuildConfig:
         context=context,
         batch=args.batch,
         seed=args.seed,
-        out=args.out or _default_out(args.model, args.sparsity, targets),
+        fold=fold,
+        out=args.out or _default_out(args.model, args.sparsity, targets, fold),
     )
 
 
@@ -113,7 +118,8 @@ def _check_expression(expression: str) -> None:
         raise Refusal(f"{expression!r} is not a regular expression ({bad}): --include and --exclude take one") from bad
 
 
-def _default_out(model: str, sparsity: float | None, targets: tuple[Machine, ...]) -> Path:
+def _default_out(model: str, sparsity: float | None, targets: tuple[Machine, ...], fold: FoldRequest) -> Path:
     name = model.rstrip("/").rsplit("/", 1)[-1].lower()
     share = "asis" if sparsity is None else f"{sparsity:g}"
-    return Path("dist") / f"{name}-s{share}-{'+'.join(machine.name for machine in targets)}"
+    folded = "" if fold.off else "-folded"
+    return Path("dist") / f"{name}-s{share}-{'+'.join(machine.name for machine in targets)}{folded}"
