@@ -36,7 +36,7 @@ class RandomWeights:
         self._templates: dict[tuple, dict[str, torch.Tensor]] = {}
         self._tensors: dict[str, torch.Tensor] = {}
         wanted = set(facts["params"])
-        for param in make_layout(ModelConfig.from_json(facts["config"])).params:
+        for param in make_layout(ModelConfig.from_json(facts["config"]), facts["layout"]["schedule"]).params:
             for buffer, tensor in self._packed(param).items():
                 name = f"{param.name}.{buffer}" if buffer else param.name
                 if name in wanted:
