@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from math import prod
+from pathlib import Path
+
 import pytest
 import torch
 import tvm
@@ -9,13 +12,21 @@ from test_passes import run
 from tvm.script import ir as I
 from tvm.script import relax as R
 
-from tvm_sparse.errors import Refusal
+from tvm_sparse.build import build
+from tvm_sparse.config import parse_build
+from tvm_sparse.errors import Refusal, run_command
+from tvm_sparse.folding.decide import decide_fold
+from tvm_sparse.folding.ranges import executed_layers, parse_fold, parse_layers, spelled, tied_layers
 from tvm_sparse.layout import executed_config, make_layout
 from tvm_sparse.library import import_model
-from tvm_sparse.models.config import REGISTERED
+from tvm_sparse.models.config import REGISTERED, tensors
 from tvm_sparse.passes.fold_recurrent_layers import FoldRecurrentLayers
-from tvm_sparse.plan import Plan
+from tvm_sparse.plan import Plan, declared
+from tvm_sparse.pruning import Pattern, select
+from tvm_sparse.targets import parse_targets
 
+EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+DENSE = EXAMPLES / "tiny-qwen3.5"
 _27B = REGISTERED["qwen3.5-27b"]
 
 
@@ -119,3 +130,79 @@ def test_a_schedule_leaves_unused_layers_out():
         sources = {source for param in layout.params for source in param.sources}
         assert {p.name for p in after.params[count:]} == sources
         assert len(after.params) - count == len(sources)
+
+
+def test_layers_as_the_command_line_names_them():
+    assert tied_layers(_27B, parse_fold("8:24")) == ((8, 9, 10, 12, 13, 14, 16, 17, 18, 20, 21, 22), (11, 15, 19, 23))
+    assert tied_layers(_27B, parse_fold("0:3,4:8")) == ((0, 1, 2), (4, 5, 6))
+    assert executed_layers(_27B, parse_layers("0-33,26-63")) == (*range(34), *range(26, 64))
+    assert executed_layers(_27B, parse_layers("0,0,0,3")) == (0, 0, 0, 3)
+    assert spelled((*range(8), 8, 8, 8, 11)) == "0-8,8,8,11"
+
+
+REFUSED = {
+    "no range": (["--fold", "8-24"], "'8-24' is no range of layers: write 8:24"),
+    "backwards": (["--fold", "8:4"], "8:4 goes backwards: write 4:8"),
+    "mixed kinds": (["--fold", "1:8"], "layers 1 to 7 out of the pattern [DeltaNet, DeltaNet, DeltaNet, attention]"),
+    "nearest": (["--fold", "1:8"], "nearest is 0:8"),
+    "out of the model": (["--fold", "4:12"], "4:12 is out of the model, which has layers 0 to 7; nearest is 4:8"),
+    "overlap": (["--fold", "0:8,4:8"], "0:8 and 4:8 overlap, layers 4 to 7 would be folded twice: write 0:8"),
+    "one layer": (["--fold", "3:4"], "3:4 has no two layers to make one of; nearest is 0:4"),
+    "no list of layers": (["--layers", "0:7"], "'0:7' is no range of layers: write 0-33,26-63"),
+    "layers backwards": (["--layers", "7-0"], "7-0 goes backwards"),
+    "layers out of the model": (
+        ["--layers", "0-8"],
+        "0-8 is out of the model, which has layers 0 to 7; nearest is 0-7",
+    ),
+    "layers off the pattern": (
+        ["--layers", "0-3,5-7"],
+        "layer 7 (attention) would run where DeltaNet is due, after 6 layers; nearest is 4-7",
+    ),  # fmt: skip
+    "threshold": (["--fold", "auto", "--fold-threshold", "2"], "outside (0, 1]"),
+    "threshold of nothing": (["--fold", "0:8", "--fold-threshold", "0.9"], "--fold-threshold is for --fold auto"),
+    "best without a text": (["--fold", "0:8", "--fold-weights", "best"], "pass --calibration FILE"),
+    "weights of nothing": (["--fold-weights", "mean"], "--fold-weights without --fold"),
+    "text of nothing": (["--fold", "0:8", "--calibration", "x"], "--calibration is for --fold auto"),
+    "no text": (["--fold", "auto", "--calibration", "/nowhere"], "no calibration text /nowhere"),
+    "too short a text": (
+        ["--fold", "auto", "--calibration", str(EXAMPLES / "train_tiny.py"), "--calibration-samples", "9999"],
+        "--calibration-samples",
+    ),  # fmt: skip
+    "text without weights": (["--weights", "synthetic", "--fold", "auto", "--calibration", "x"], "no trained weights"),
+}
+
+
+@pytest.mark.parametrize("case", REFUSED)
+def test_bad_folds_are_refused_in_one_line(case, tmp_path, capsys):
+    words, says = REFUSED[case]
+    argv = ["--model", str(DENSE), "--sparsity", "0.5", "--target", "cpu", *words, "--out", str(tmp_path / "out")]
+    assert run_command(lambda given: build(parse_build(given)), argv) == 2
+    message = capsys.readouterr().err
+    assert says in message and message.count("\n") == 1 and not (tmp_path / "out").exists()
+
+
+def test_the_27b_folded_is_as_much_smaller_as_arithmetic_says():
+    """Layers 8 to 23 become one DeltaNet layer and one attention layer: 11 and 3 layers less."""
+    shapes = tensors(_27B)
+    size = {
+        layer: sum(prod(s.shape) for n, s in shapes.items() if n.startswith(f"layers.{layer}.")) for layer in (8, 11)
+    }
+    fold = decide_fold(read("--fold", "8:24"), _27B, None, "cpu")
+    layout = make_layout(_27B, fold.schedule)
+    parameters = sum(prod(param.shape) for param in layout.params)
+    assert parameters == 26_895_998_464 - 11 * size[8] - 3 * size[11] == 21_563_227_744
+    machines = parse_targets("h200")
+    whole, folded = (
+        declared(_27B, each, select(_27B), 0.75, Pattern(), machines, 1) for each in (make_layout(_27B), layout)
+    )
+    layer = {i: sum(e.nbytes for name, e in whole.items() if name.startswith(f"layers.{i}.")) for i in (8, 11)}
+    assert whole.nbytes - folded.nbytes == 11 * layer[8] + 3 * layer[11]
+    assert set(folded) == {name for name in whole if not name.startswith("layers.") or _left(int(name.split(".")[1]))}
+
+
+def _left(layer):
+    return layer in (8, 11) or not 8 <= layer < 24
+
+
+def read(*words):
+    return parse_build(["--model", "qwen3.5-27b", "--sparsity", "0.75", "--target", "cpu", *words]).fold
