@@ -12,6 +12,7 @@ import math
 import tvm
 from tvm.script import tirx as T
 
+from tvm_sparse.schedules.cuda import attention_tiled
 from tvm_sparse.schedules.cuda.device_code import WARP, f32, symbol, token_dim
 
 WARPS = 8
@@ -23,6 +24,8 @@ def attention(
     tokens: int | None, batch: int, heads: int, kv_heads: int, head_dim: int, dtype: str
 ) -> tvm.tirx.PrimFunc:
     """See schedules/ops.py."""
+    if tokens is None and attention_tiled.fits(head_dim, dtype):
+        return attention_tiled.attention(batch, heads, kv_heads, head_dim, dtype)
     n = token_dim(tokens)
     prefill = tokens is None
     row_length, context = symbol("row_length"), symbol("context")

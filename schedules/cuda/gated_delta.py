@@ -13,6 +13,7 @@ import math
 import tvm
 from tvm.script import tirx as T
 
+from tvm_sparse.schedules.cuda import gated_delta_chunked
 from tvm_sparse.schedules.cuda.device_code import WARP, f32, softplus, symbol, token_dim
 
 _MOST_PARTS = 8  # warps of a CTA
@@ -28,6 +29,8 @@ def gated_delta(
     dtype: str,
 ) -> tvm.tirx.PrimFunc:
     """See schedules/ops.py."""
+    if tokens is None and gated_delta_chunked.fits(key_dim, value_dim, dtype):
+        return gated_delta_chunked.gated_delta(batch, key_heads, value_heads, key_dim, value_dim, dtype)
     n = token_dim(tokens)
     sequences = 1 if tokens is None else tokens
     steps = n if tokens is None else 1

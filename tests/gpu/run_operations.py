@@ -15,6 +15,7 @@ from torch.nn.functional import silu  # noqa: E402
 
 CONTEXT = 300
 TOLERANCE = {torch.float32: 5e-6, torch.bfloat16: 4e-3}
+CHUNKED = 1e-3  # the delta rule of many tokens: float32 in and out, float16 products
 
 
 class Checks:
@@ -39,9 +40,9 @@ class Checks:
         for output in arguments:
             assert not isinstance(output, Output) or output.unharmed(), f"{name}: outside the output"
 
-    def note(self, name: str, out: torch.Tensor, wanted: torch.Tensor) -> None:
+    def note(self, name: str, out: torch.Tensor, wanted: torch.Tensor, tolerance: float | None = None) -> None:
         error = relative_error(out, wanted)
-        self.results.append((f"{self.s.name}_{name}", error, error <= TOLERANCE[out.dtype]))
+        self.results.append((f"{self.s.name}_{name}", error, error <= (tolerance or TOLERANCE[out.dtype])))
 
     def run(self, tag: str, n: int) -> None:
         s, slot_value, past = self.s, self.s.batch - 1, 37
@@ -93,8 +94,9 @@ class Checks:
             wanted.append(out)
         o = Output(n, width, dtype=torch.float32)
         self.call(f"gated_delta_{tag}", conv, mixed, a_log, dt, slot, memory, o)
-        self.note(f"gated_delta_{tag}", o.tensor, torch.cat(wanted))
-        self.note(f"gated_delta_state_{tag}", memory, wanted_state)
+        chunked = CHUNKED if tag == "p" and self.dtype == torch.bfloat16 else None
+        self.note(f"gated_delta_{tag}", o.tensor, torch.cat(wanted), chunked)
+        self.note(f"gated_delta_state_{tag}", memory, wanted_state, chunked)
 
         w, y = self.floats(s.value_dim), Output(n, width, dtype=self.dtype)
         self.call(f"gated_norm_{tag}", o.tensor, mixed, w, y)
@@ -154,7 +156,7 @@ def main(library: str, *names: str) -> None:
         if names and shape.name not in names:
             continue
         checks = Checks(shape, get)
-        for n in (1, 2, 3, 70):
+        for n in (1, 2, 3, 70, 200):
             checks.run("p", n)
         checks.run("d", shape.batch)
         for name, error, right in checks.results:
