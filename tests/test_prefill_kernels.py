@@ -1,4 +1,4 @@
-"""A GPU's tensor core kernels for prefill, emulated on this machine, against float64; and what their algebra rests on."""
+"""Prefill's tensor core kernels of a GPU, emulated here, against float64, and what their algebra rests on."""
 
 import sys
 from pathlib import Path
