@@ -5,15 +5,18 @@ from __future__ import annotations
 from math import prod
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 import tvm
 from test_passes import run
+from tiny import random_model, write_dense_artefact
 from tvm.script import ir as I
 from tvm.script import relax as R
 
 from tvm_sparse.build import build
 from tvm_sparse.config import parse_build
+from tvm_sparse.engine import Engine
 from tvm_sparse.errors import Refusal, run_command
 from tvm_sparse.folding.decide import decide_fold
 from tvm_sparse.folding.ranges import executed_layers, parse_fold, parse_layers, spelled, tied_layers
@@ -157,7 +160,7 @@ REFUSED = {
     "layers off the pattern": (
         ["--layers", "0-3,5-7"],
         "layer 7 (attention) would run where DeltaNet is due, after 6 layers; nearest is 4-7",
-    ),  # fmt: skip
+    ),
     "threshold": (["--fold", "auto", "--fold-threshold", "2"], "outside (0, 1]"),
     "threshold of nothing": (["--fold", "0:8", "--fold-threshold", "0.9"], "--fold-threshold is for --fold auto"),
     "best without a text": (["--fold", "0:8", "--fold-weights", "best"], "pass --calibration FILE"),
@@ -167,7 +170,7 @@ REFUSED = {
     "too short a text": (
         ["--fold", "auto", "--calibration", str(EXAMPLES / "train_tiny.py"), "--calibration-samples", "9999"],
         "--calibration-samples",
-    ),  # fmt: skip
+    ),
     "text without weights": (["--weights", "synthetic", "--fold", "auto", "--calibration", "x"], "no trained weights"),
 }
 
@@ -206,3 +209,29 @@ def _left(layer):
 
 def read(*words):
     return parse_build(["--model", "qwen3.5-27b", "--sparsity", "0.75", "--target", "cpu", *words]).fold
+
+
+SCHEDULES = {
+    "repeated": (0, 1, 2, 1, 2, 3),
+    "tied, left out": (2, 1, 2, 1),
+}
+
+
+@pytest.mark.parametrize("name", SCHEDULES)
+def test_a_schedule_is_transformers_with_that_list_of_layers(name, tmp_path):
+    """Prefill in pieces, decode and score; every executed layer has caches and states of its own."""
+    schedule = SCHEDULES[name]
+    model = random_model(seed=len(name), num_hidden_layers=4, full_attention_interval=2)
+    engine = Engine(write_dense_artefact(model, tmp_path, lowered=name == "repeated", schedule=schedule))
+    model.model.layers = torch.nn.ModuleList(model.model.layers[layer] for layer in schedule)
+    model.config.num_hidden_layers = len(schedule)
+    model.config.layer_types = [model.config.layer_types[layer] for layer in schedule]
+    ids = np.random.default_rng(0).integers(0, engine.vocab_size, 120).tolist()
+    with torch.inference_mode():
+        wanted = model(torch.tensor([ids]), use_cache=False).logits[0].double()
+    close = 1e-4 * float(wanted.abs().max())
+    logits = [engine.prefill(ids[:100]), *(engine.decode(token) for token in ids[100:])]
+    assert np.abs(np.stack(logits) - wanted[99:].numpy()).max() < close
+    engine.reset()
+    scores = wanted[:-1].log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0].numpy()
+    assert np.abs(engine.score(ids) - scores).max() < 1e-4 * np.abs(scores).max()

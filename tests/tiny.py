@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Sequence
 from math import prod
 from pathlib import Path
 
@@ -15,11 +16,12 @@ from tvm_sparse.artefact.reader import header_hash
 from tvm_sparse.artefact.safetensors_stream import SafetensorsStream
 from tvm_sparse.artefact.versions import installed
 from tvm_sparse.codegen.cpu import build_cpu_library
-from tvm_sparse.layout import Layout, make_layout
+from tvm_sparse.layout import Layout, executed_config, make_layout
 from tvm_sparse.library import describe, lower
 from tvm_sparse.models.config import ModelConfig
 from tvm_sparse.models.qwen3_5 import build_module
 from tvm_sparse.passes.bundle_parameters import BundleParameters
+from tvm_sparse.passes.fold_recurrent_layers import FoldRecurrentLayers
 from tvm_sparse.plan import keep_dense, matrices
 
 
@@ -59,19 +61,20 @@ def weights_of(model: Qwen3_5ForCausalLM, layout: Layout, lowered: bool) -> dict
     return weights
 
 
-def compile_graph(config: ModelConfig, dtype: str, batch: int, library: Path) -> None:
+def compile_graph(config: ModelConfig, layout: Layout, dtype: str, batch: int, library: Path) -> None:
     """The dense graph as it is, with TVM's own matmuls: quick to compile, and exact enough in float32."""
-    module = BundleParameters()(build_module(config, dtype, batch))
+    module = build_module(executed_config(config, layout), dtype, batch)
+    module = BundleParameters()(FoldRecurrentLayers(layout.stored_name)(module))
     target = tvm.target.Target("llvm")
     with target:
         tvm.compile(module, target=target).export_library(str(library))
 
 
-def compile_lowered(config: ModelConfig, dtype: str, batch: int, library: Path) -> None:
+def compile_lowered(config: ModelConfig, layout: Layout, dtype: str, batch: int, library: Path) -> None:
     """Through all passes, every matrix stored dense."""
-    layout, width = make_layout(config), {"float32": 32, "bfloat16": 16}[dtype]
+    width = {"float32": 32, "bfloat16": 16}[dtype]
     plan = {p.name: keep_dense(p.name, p.shape, prod(p.shape), "", width) for p in matrices(layout)}
-    module = lower(build_module(config, dtype, batch), layout, plan, "x86-64")
+    module = lower(build_module(executed_config(config, layout), dtype, batch), layout, plan, "x86-64")
     build_cpu_library(BundleParameters()(module), library, isas=["x86-64"])
 
 
@@ -82,12 +85,16 @@ def write_dense_artefact(
     batch: int = 1,
     context: int = 256,
     lowered: bool = False,
+    schedule: Sequence[int] | None = None,
 ) -> Path:
-    """The model, dense, as a folder that the engine opens; `lowered` sends it through the passes."""
+    """The model, dense, as a folder that the engine opens; `lowered` sends it through the passes.
+
+    `schedule` is the layout's: whose weights each executed layer uses.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     config = ModelConfig.from_json(model.config.to_dict())
-    (compile_lowered if lowered else compile_graph)(config, dtype, batch, folder / "lib.so")
-    layout = make_layout(config)
+    layout = make_layout(config, schedule)
+    (compile_lowered if lowered else compile_graph)(config, layout, dtype, batch, folder / "lib.so")
     weights = weights_of(model, layout, lowered)
     vectors = {param.name for param in layout.params if param.dtype == "float32"}
 

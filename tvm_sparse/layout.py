@@ -93,11 +93,12 @@ def make_layout(config: ModelConfig, schedule: Sequence[int] | None = None) -> L
     """The layout of a model whose executed layers use the weights of the checkpoint's layers in `schedule`.
 
     Without one every layer runs once, in order. A layer that the schedule does not name has no parameters.
+    Parameters are in the order of their first use.
     """
     schedule = tuple(range(config.num_hidden_layers) if schedule is None else schedule)
     known = tensors(config)
     params = [_param("embed_tokens.weight", ("embed_tokens.weight",), known, "embedding")]
-    for layer in sorted(set(schedule)):
+    for layer in dict.fromkeys(schedule):
         mixer = _DELTANET if config.layer_types[layer] == LINEAR else _ATTENTION
         for name in ("input_layernorm.weight", *mixer, *_MLP):
             sources = tuple(f"layers.{layer}.{source}" for source in _FUSED.get(name, (name,)))
