@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import tvm
 
 from tvm_sparse.schedules.records import Records
 from tvm_sparse.schedules.space import is_sketch
-from tvm_sparse.schedules.spec import CPU_ISAS, KernelSpec
+from tvm_sparse.schedules.spec import KernelSpec
 from tvm_sparse.schedules.table import SPEC_ATTR, instantiate, write_decisions
 
 
@@ -27,13 +25,12 @@ class ApplySchedules:
         mod = mod.clone()
         for gvar, function in mod.functions_items():
             if isinstance(function, tvm.tirx.PrimFunc) and is_sketch(function):
-                mod.update_func(gvar, self._schedule(KernelSpec.from_json(function.attrs[SPEC_ATTR])))
+                kernel = self._schedule(KernelSpec.from_json(function.attrs[SPEC_ATTR]))
+                if symbol := function.attrs.get("global_symbol"):  # host code calls it by this name
+                    kernel = kernel.with_attr("global_symbol", symbol)
+                mod.update_func(gvar, kernel)
         return mod
 
     def _schedule(self, spec: KernelSpec) -> tvm.tirx.PrimFunc:
-        archs = CPU_ISAS if spec.device == "cpu" else (spec.arch,)
-        tuned = {}
-        if self.records is not None:
-            found = {arch: self.records.find(replace(spec, arch=arch)).decisions for arch in archs}
-            tuned = {arch: decisions for arch, decisions in found.items() if decisions is not None}
+        tuned = self.records.tuned(spec) if self.records is not None else {}
         return write_decisions(instantiate(spec, tuned.get(spec.arch)), tuned)

@@ -13,7 +13,7 @@ import tvm
 from tvm_sparse.formats.base import FormatChoice
 from tvm_sparse.schedules import fast_parse  # noqa: F401  before MetaSchedule, which parses TVMScript when imported
 from tvm_sparse.schedules.space import annotated_decisions, workload
-from tvm_sparse.schedules.spec import KernelSpec
+from tvm_sparse.schedules.spec import CPU_ISAS, KernelSpec
 from tvm_sparse.schedules.table import space
 from tvm_sparse.targets import MACHINES, Machine
 
@@ -98,6 +98,12 @@ class Records:
         if spec not in self._found:
             self._found[spec] = self._look_up(spec)
         return self._found[spec]
+
+    def tuned(self, spec: KernelSpec) -> dict[str, dict[str, int]]:
+        """The decisions of records by architecture: a CPU library has a kernel for each of its instruction sets."""
+        archs = CPU_ISAS if spec.device == "cpu" else (spec.arch,)
+        found = {arch: self.find(replace(spec, arch=arch)).decisions for arch in archs}
+        return {arch: decisions for arch, decisions in found.items() if decisions is not None}
 
     def _look_up(self, spec: KernelSpec) -> Found:
         origin = "default"

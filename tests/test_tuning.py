@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+import json
+import os
+import time
 from concurrent.futures import Future
 from dataclasses import replace
 from math import prod
 from threading import Event
 
+import pytest
 import tvm
 
+from tvm_sparse.errors import Refusal, Stopped
 from tvm_sparse.formats import FORMATS
 from tvm_sparse.passes.apply_schedules import ApplySchedules
 from tvm_sparse.schedules.records import RECORDS, Log, Records
@@ -17,6 +22,9 @@ from tvm_sparse.schedules.spec import KernelSpec
 from tvm_sparse.schedules.table import defaults, read_decisions, space
 from tvm_sparse.schedules.tuning import tune
 from tvm_sparse.targets import MACHINES
+from tvm_sparse.tune.__main__ import main, tune_kernels
+from tvm_sparse.tune.options import parse, workloads
+from tvm_sparse.tune.worker import Crashed, Worker
 
 BITMAP = KernelSpec(FORMATS["bitmap"].choice(), 48, 64, 2, "bfloat16", "bfloat16", "avx512")
 
@@ -135,3 +143,107 @@ def test_a_record_of_another_version_of_the_kernel_is_ignored_with_a_word(tmp_pa
     found = Records(MACHINES["cpu"], tmp_path).find(BITMAP)
     assert found.decisions is None and "another version" in found.origin
     assert "another version of the kernel" in capsys.readouterr().err
+
+
+SMALL = ["--target", "cpu", "--shapes", "96x160", "--batch", "2", "--sparsity", "0.75", "--trials", "2", "--jobs", "1"]
+
+
+def test_the_command_on_this_cpu(tmp_path, capsys):
+    """Real builds and real times."""
+    main([*SMALL, "--out", str(tmp_path)])
+    told = capsys.readouterr().out
+    assert "1 kernels to tune, 0 have" in told and "[1/1" in told and "2 of 2 trials" in told and "default" in told
+    facts = json.loads((tmp_path / "machine.json").read_text())
+    (kernel,) = facts["kernels"].values()
+    assert facts["machine"] and facts["runs"][0]["tvm"] and facts["runs"][0]["date"]
+    assert kernel["trials"] == 2 and kernel["sparsity"] == [0.75]
+    assert 0 < kernel["best us"][0] <= kernel["default us"][0]
+    assert len((tmp_path / RECORDS).read_text().splitlines()) == 2
+
+
+def test_a_folder_of_records_is_gone_on_with_or_left_alone(tmp_path, capsys):
+    def run(machine, bench, *more):
+        options = parse(["--target", "cpu", "--trials", "2", "--out", str(tmp_path), *more])
+        bench.data, bench.apart = {BITMAP: (0.5, 0.75)}, True
+        tune_kernels(options, bench, machine, "tune", Event())
+
+    run("this", Pretend(far))
+    with pytest.raises(Refusal, match="go on with --resume"):
+        run("this", Pretend(far))
+    bench = Pretend(far)
+    run("this", bench, "--resume")
+    assert bench.ran == [] and "0 kernels to tune, 1 have" in capsys.readouterr().out
+    with pytest.raises(Refusal, match="holds records of this, this is that"):
+        run("that", Pretend(far), "--resume")
+    run("this", bench, "--resume", "--trials", "3")
+    assert len(bench.ran) == 1
+    facts = json.loads((tmp_path / "machine.json").read_text())
+    facts["kernels"] = {key: {**kernel, "sparsity": [0.9]} for key, kernel in facts["kernels"].items()}
+    (tmp_path / "machine.json").write_text(json.dumps(facts))
+    with pytest.raises(Refusal, match=r"was tuned on sparsity 0\.9, not 0\.5, 0\.75"):
+        run("this", Pretend(far), "--resume")
+
+
+def test_a_run_in_which_nothing_works_says_why(tmp_path, capsys):
+    def cost(decisions):
+        raise ValueError("too many registers")
+
+    bench = Pretend(cost)
+    bench.data, bench.apart = {BITMAP: (0.5,)}, False
+    options = parse(["--target", "cpu", "--trials", "2", "--out", str(tmp_path)])
+    with pytest.raises(Stopped, match="no schedule of matmul_bitmap"):
+        tune_kernels(options, bench, "this", "tune", Event())
+    assert "2 failed, the first: ValueError: too many registers" in capsys.readouterr().out
+
+
+@pytest.mark.slow
+def test_the_command_over_rpc(tmp_path, capsys):
+    """A tracker and a server of TVM's on this machine; the server runs the kernels."""
+    from tvm.rpc.server import Server
+    from tvm.rpc.tracker import Tracker
+
+    tracker = Tracker(host="127.0.0.1", port=9300, port_end=9400)
+    server = Server("127.0.0.1", port=9400, port_end=9500, tracker_addr=("127.0.0.1", tracker.port), key="box")
+    try:
+        main([*SMALL, "--out", str(tmp_path), "--rpc", f"127.0.0.1:{tracker.port}/box"])
+    finally:
+        server.terminate()
+        tracker.terminate()
+    assert "the CPU of box: 1 kernels to tune" in capsys.readouterr().out
+    assert len((tmp_path / RECORDS).read_text().splitlines()) == 2
+
+
+def test_a_crash_or_a_hang_fails_one_call():
+    worker = Worker()
+    try:
+        with pytest.raises(Crashed, match="ended the process"):
+            worker.call(os.abort, timeout=60)
+        with pytest.raises(Crashed, match="no answer"):
+            worker.call(time.sleep, 60, timeout=5)
+        assert worker.call(len, "abc", timeout=60) == 3
+        with pytest.raises(ZeroDivisionError):
+            worker.call(divmod, 1, 0, timeout=60)
+    finally:
+        worker.end()
+
+
+@pytest.mark.parametrize(
+    "flags",
+    [
+        ["--target", "h200,b200"], ["--target", "cpu", "--trials", "0"], ["--target", "cpu", "--formats", "csr"],
+        ["--target", "cpu", "--rpc", "here"], ["--target", "cpu", "--shapes", "12"], [],
+    ],
+)  # fmt: skip
+def test_bad_flags_are_refused(flags):
+    with pytest.raises(Refusal):
+        main(flags)
+
+
+def test_the_kernels_of_the_27b():
+    """The projections' shapes come from the model; a kernel that serves two shares of zeros is timed on both."""
+    found = workloads(parse(["--target", "h200", "--batch", "1"]), "sm_90a")
+    assert {(spec.n, spec.k) for spec in found} == {
+        (34816, 5120), (16480, 5120), (14336, 5120), (5120, 6144), (5120, 17408),
+    }  # fmt: skip
+    assert all(spec.arch == "sm_90a" and spec.m == 1 for spec in found)
+    assert sorted(share for shares in found.values() for share in shares) == sorted([0.5, 0.75, 0.9] * 5)

@@ -1,4 +1,4 @@
-"""One CPU kernel alone, compiled and dispatched exactly as in an artefact's library."""
+"""One CPU kernel alone: from any library, or compiled and dispatched exactly as in an artefact's."""
 
 from __future__ import annotations
 
@@ -18,17 +18,17 @@ from tvm_sparse.schedules.table import instantiate, write_decisions
 
 
 class CpuKernel:
-    """y [m, n] = x [m, k] W^T for packed W; `tuned` decisions go by instruction set, `isa` is the one in use."""
+    """y [m, n] = x [m, k] W^T for packed W: the kernel `spec` names in a library."""
 
-    def __init__(self, spec: KernelSpec, tuned: Mapping[str, Mapping[str, int]] | None = None):
+    def __init__(self, spec: KernelSpec, library: Path):
         self.spec = spec
-        function = write_decisions(instantiate(spec), tuned or {})
-        with tempfile.TemporaryDirectory() as folder:
-            path = Path(folder) / "kernel.so"
-            build_cpu_library(tvm.IRModule({spec.name: function}), path)
-            self._library = tvm_ffi.load_module(str(path))
+        self._library = tvm_ffi.load_module(str(library))
         self._function = self._library.get_function(spec.name, query_imports=True)
-        self.isa = CPU_ISAS[self._library.get_function("tvm_sparse_isa", query_imports=True)()]
+
+    @property
+    def isa(self) -> str:
+        """The instruction set in use, of a library that has several."""
+        return CPU_ISAS[self._library.get_function("tvm_sparse_isa", query_imports=True)()]
 
     def bind(self, x: torch.Tensor, buffers: Mapping[str, torch.Tensor]) -> Callable[[], torch.Tensor]:
         """The call on these tensors, its output allocated once and poisoned."""
@@ -44,6 +44,15 @@ class CpuKernel:
 
     def __call__(self, x: torch.Tensor, packed: Packed) -> torch.Tensor:
         return self.bind(x, packed.buffers)()
+
+
+def compiled(spec: KernelSpec, tuned: Mapping[str, Mapping[str, int]] | None = None) -> CpuKernel:
+    """The kernel as an artefact's library holds it; `tuned` decisions go by instruction set."""
+    function = write_decisions(instantiate(spec), tuned or {})
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder) / "kernel.so"
+        build_cpu_library(tvm.IRModule({spec.name: function}), path)
+        return CpuKernel(spec, path)
 
 
 def set_threads(count: int) -> None:

@@ -15,12 +15,13 @@ from math import ceil
 import torch
 
 from tvm_sparse import targets
-from tvm_sparse.bench.cpu_kernel import CpuKernel, set_threads
+from tvm_sparse.bench.cpu_kernel import CpuKernel, compiled, set_threads
 from tvm_sparse.bench.options import Options, blank_spec
 from tvm_sparse.bench.tables import Row
 from tvm_sparse.bench.timing import Contender, race, ratio
 from tvm_sparse.formats import FORMATS, Packed, measure, pack
 from tvm_sparse.plan import decide
+from tvm_sparse.schedules.records import Records
 
 
 def measure_all(options: Options, threads: int) -> list[Row]:
@@ -49,7 +50,8 @@ def measure_one(options: Options, threads: int, weight: torch.Tensor, sparsity: 
     n, k = weight.shape
     packed = pack(weight, _choice(options.packed, weight, batch))
     x = torch.randn(batch, k, generator=torch.Generator().manual_seed(1)).bfloat16()
-    kernel = CpuKernel(blank_spec(packed.choice, (n, k), batch, options.machine))
+    spec = blank_spec(packed.choice, (n, k), batch, options.machine)
+    kernel = compiled(spec, Records(options.machine).tuned(spec))
     check(kernel, packed, x, weight)
     contenders = [
         _ours(kernel, packed, x, options.copies_bytes),
@@ -77,14 +79,20 @@ def _choice(packed: str, weight: torch.Tensor, batch: int):
 
 def check(kernel: CpuKernel, packed: Packed, x: torch.Tensor, weight: torch.Tensor) -> None:
     """Raises RuntimeError where y is further from float64 than bfloat16 rounding and float32 sums explain."""
-    y = kernel(x, packed)
+    if (row := first_wrong(kernel(x, packed), x, weight)) is not None:
+        raise RuntimeError(f"{kernel.spec.name} on {kernel.isa}: wrong result in rows {row} and following")
+
+
+def first_wrong(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> int | None:
+    """The first row of a block of W's rows with a result that bfloat16 rounding and float32 sums do not explain."""
     x64 = x.double()
     for start in range(0, weight.shape[0], 1024):
         rows = weight[start : start + 1024].double()
         want = x64 @ rows.T
         allowed = want.abs() * 2**-8 + (x64.abs() @ rows.abs().T) * 2**-16
         if not bool(((y[:, start : start + 1024].double() - want).abs() <= allowed).all()):
-            raise RuntimeError(f"{kernel.spec.name} on {kernel.isa}: wrong result in rows {start} and following")
+            return start
+    return None
 
 
 def _ours(kernel: CpuKernel, packed: Packed, x: torch.Tensor, total: int) -> Contender:
@@ -98,11 +106,16 @@ def _torch(name: str, x: torch.Tensor, weight: torch.Tensor, total: int) -> Cont
     return Contender(name, weight.nbytes, [partial(torch.nn.functional.linear, x, copy) for copy in copies])
 
 
-def machine() -> dict[str, object]:
+def cpu_name() -> str:
+    """The processor's model and how many cores of it this process may use."""
     model = platform.processor() or platform.machine()
     try:
         with open("/proc/cpuinfo") as facts:
             model = next(line.split(":", 1)[1].strip() for line in facts if line.startswith("model name"))
     except (OSError, StopIteration):
         pass
-    return {"machine": f"{model}, {len(os.sched_getaffinity(0))} cores", "torch": torch.__version__}
+    return f"{model}, {len(os.sched_getaffinity(0))} cores"
+
+
+def machine() -> dict[str, object]:
+    return {"machine": cpu_name(), "torch": torch.__version__}

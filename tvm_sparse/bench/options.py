@@ -7,13 +7,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tvm_sparse import targets
+from tvm_sparse.checkpoint import model_config
 from tvm_sparse.command_line import CommandParser
 from tvm_sparse.errors import Refusal
 from tvm_sparse.formats.base import FormatChoice
+from tvm_sparse.layout import make_layout
 from tvm_sparse.schedules.spec import KernelSpec
-
-SHAPES = ((34816, 5120), (5120, 17408), (16480, 5120), (14336, 5120), (5120, 6144))
-"""Projections of the 27B: gate and up, down, DeltaNet in, attention in, out."""
 
 
 @dataclass(frozen=True)
@@ -35,7 +34,8 @@ def parse(argv: Sequence[str]) -> Options:
     """Raises Refusal for anything it cannot read."""
     parser = CommandParser("bench kernels", "Sparse matmuls against the fastest dense one of the same run.")
     parser.add_argument("--target", default="cpu", help="cpu, h200, ...")
-    parser.add_argument("--shapes", default=",".join(f"{n}x{k}" for n, k in SHAPES), help="NxK,...")
+    parser.add_argument("--model", default="qwen3.5-27b", help="registered name, folder or hub id: its projections")
+    parser.add_argument("--shapes", default="", help="NxK,... in the place of the model's")
     parser.add_argument("--sparsity", default="0.5,0.75,0.9", help="shares of zeros, comma list")
     parser.add_argument("--batch", default="1,8", help="tokens at once, comma list")
     parser.add_argument("--threads", default="1,all", help="comma list of numbers, or all")
@@ -51,24 +51,41 @@ def parse(argv: Sequence[str]) -> Options:
         raise Refusal("bench kernels --library, --build-library: only a GPU's kernels are built apart from their run")
     if known.packed not in ("auto", "bitmap", "delta", "dense"):
         raise Refusal(f"--packed {known.packed}: choose auto, bitmap, delta or dense")
-    sparsities = _list(known.sparsity, float, "--sparsity")
-    if not all(0 <= s < 1 for s in sparsities):
-        raise Refusal(f"--sparsity {known.sparsity}: every share must be in [0, 1)")
+    sparsities = read_sparsities(known.sparsity)
     cores = len(os.sched_getaffinity(0))
     counts = ",".join(str(cores) if part == "all" else part for part in known.threads.split(","))
-    whole = {
-        "--batch": _list(known.batch, int, "--batch"),
-        "--threads": tuple(dict.fromkeys(_list(counts, int, "--threads"))),
-        "--rounds": (known.rounds,),
-    }
-    for flag, numbers in whole.items():
-        if min(numbers) < 1:
-            raise Refusal(f"{flag}: numbers from 1")
-    shapes = tuple(_shape(part) for part in known.shapes.split(","))
+    batches, threads = numbers("--batch", known.batch), numbers("--threads", counts)
+    (rounds,) = numbers("--rounds", str(known.rounds))
+    shapes = read_shapes(known.shapes) if known.shapes else model_shapes(known.model)
     return Options(
-        machine, shapes, sparsities, whole["--batch"], whole["--threads"], known.packed,
-        int(known.copies * 1e9), known.rounds, known.format, known.library, known.build_library,
+        machine, shapes, sparsities, batches, tuple(dict.fromkeys(threads)), known.packed,
+        int(known.copies * 1e9), rounds, known.format, known.library, known.build_library,
     )  # fmt: skip
+
+
+def model_shapes(model: str) -> tuple[tuple[int, int], ...]:
+    """[N, K] of the model's fused projections, each once, largest first."""
+    layout = make_layout(model_config(model))
+    shapes = {(param.shape[0], param.shape[1]) for param in layout.params if param.kind == "projection"}
+    return tuple(sorted(shapes, key=lambda shape: (-shape[0] * shape[1], shape)))
+
+
+def read_shapes(text: str) -> tuple[tuple[int, int], ...]:
+    return tuple(_shape(part) for part in text.split(","))
+
+
+def read_sparsities(text: str) -> tuple[float, ...]:
+    found = _list(text, float, "--sparsity")
+    if not all(0 <= share < 1 for share in found):
+        raise Refusal(f"--sparsity {text}: every share must be in [0, 1)")
+    return found
+
+
+def numbers(flag: str, text: str) -> tuple[int, ...]:
+    found = _list(text, int, flag)
+    if min(found) < 1:
+        raise Refusal(f"{flag} {text}: numbers from 1")
+    return found
 
 
 def _list(text: str, kind, flag: str) -> tuple:
