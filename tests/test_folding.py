@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from math import prod
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from tvm.script import ir as I
 from tvm.script import relax as R
 
 from tvm_sparse.build import build
+from tvm_sparse.checkpoint.folder import FolderCheckpoint
 from tvm_sparse.config import parse_build
 from tvm_sparse.engine import Engine
 from tvm_sparse.errors import Refusal, run_command
@@ -235,3 +237,80 @@ def test_a_schedule_is_transformers_with_that_list_of_layers(name, tmp_path):
     engine.reset()
     scores = wanted[:-1].log_softmax(-1).gather(1, torch.tensor(ids[1:])[:, None])[:, 0].numpy()
     assert np.abs(engine.score(ids) - scores).max() < 1e-4 * np.abs(scores).max()
+
+
+def save(model, folder):
+    """As transformers writes it, every layer with tensors of its own; the shipped tokenizer beside it."""
+    model.to(torch.bfloat16).save_pretrained(folder)
+    shutil.copyfile(DENSE / "tokenizer.json", folder / "tokenizer.json")
+    return FolderCheckpoint(folder, None)
+
+
+def equal_layers(groups, **sizes):
+    """A random model of eight layers; those of a group are equal."""
+    model = random_model(num_hidden_layers=8, vocab_size=2048, **sizes)
+    for first, *others in groups:
+        for other in others:
+            model.model.layers[other].load_state_dict(model.model.layers[first].state_dict())
+    return model
+
+
+def fold_of(checkpoint, *words):
+    return decide_fold(read("--fold", *words), checkpoint.config, checkpoint, "cpu")
+
+
+CALIBRATION = ("--calibration", str(EXAMPLES / "calibration.txt"), "--calibration-samples", "2",
+               "--calibration-length", "40")  # fmt: skip
+
+
+def test_auto_folds_neighbours_that_are_equal(tmp_path):
+    """Layers 0 and 1, 5 and 6, 3 and 7 are equal; 2 is twice layer 0: the cosine alone would not tell."""
+    model = equal_layers([(0, 1, 2), (5, 6), (3, 7)])
+    with torch.no_grad():
+        for parameter in model.model.layers[2].parameters():
+            parameter *= 2
+    checkpoint = save(model, tmp_path)
+    for words in ((), CALIBRATION):
+        fold = fold_of(checkpoint, "auto", *words)
+        assert fold.schedule == (0, 0, 2, 3, 4, 5, 5, 3)
+        assert [tie.layers for tie in fold.ties] == [(0, 1), (3, 7), (5, 6)]
+        assert fold.facts["similarity"]["attention"] == {"layers": [3, 7], "cosine": pytest.approx(1)}
+    assert fold.facts["outputs"]["similarity"] == pytest.approx(1)
+
+
+def test_auto_leaves_layers_alone_that_are_not_alike(capsys):
+    checkpoint = FolderCheckpoint(DENSE, None)
+    fold = fold_of(checkpoint, "auto", *CALIBRATION)
+    assert fold.schedule == tuple(range(8)) and not fold.ties
+    said = capsys.readouterr().err
+    highest = fold.facts["similarity"]["DeltaNet"]["cosine"]
+    assert 0 < highest < 0.95 and f"cosine {highest:.3f} of DeltaNet layers" in said and "it takes 0.95" in said
+    assert f"{fold.facts['outputs']['similarity']:.3f} of the outputs of layers" in said
+    assert fold_of(checkpoint, "auto", "--fold-threshold", str(highest - 0.001)).ties
+
+
+def test_the_best_weights_are_those_whose_reuse_changes_least(tmp_path):
+    """Layer 1 is nearly layers 0 and 2, which are further from each other."""
+    model = equal_layers([(1, 0, 2)])
+    with torch.no_grad():
+        for layer, sign in ((0, 1), (2, -1)):
+            for parameter in model.model.layers[layer].mlp.parameters():
+                parameter += sign * 0.02 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1))
+    fold = fold_of(save(model, tmp_path), "0:3", "--fold-weights", "best", *CALIBRATION)
+    assert [tie.weights for tie in fold.ties] == [1] and fold.schedule == (1, 1, 1, 3, 4, 5, 6, 7)
+    errors = fold.facts["ties"][0]["errors"]
+    assert errors["1"] == min(errors.values()) > 0
+
+
+def test_the_mean_of_layers_stands_in_the_first_ones_place():
+    checkpoint = FolderCheckpoint(DENSE, None)
+    fold = fold_of(checkpoint, "0:8", "--fold-weights", "mean")
+    weights = fold.weights(checkpoint)
+    name = "layers.{}.mlp.up_proj.weight"
+    mean = sum(checkpoint.tensor(name.format(layer)).double() for layer in (0, 1, 2, 4, 5, 6)) / 6
+    assert torch.equal(weights.tensor(name.format(0)), mean.bfloat16()) and weights.exact_bf16(name.format(0))
+    assert torch.equal(weights.rows(name.format(0), 3, 9), mean[3:9].bfloat16())
+    assert weights.tensor("layers.3.self_attn.q_norm.weight").dtype == torch.bfloat16
+    assert weights.tensor("layers.0.linear_attn.A_log").dtype == torch.float32  # as stored
+    assert torch.equal(weights.tensor("norm.weight"), checkpoint.tensor("norm.weight"))
+    assert weights.fingerprint() != checkpoint.fingerprint() and weights.side_files() == checkpoint.side_files()
