@@ -2,12 +2,20 @@
 
     y = matmul(x, permute_dims(w))        ->    y = call_tir(kernel, (x, w.mask, w.row_start, w.values))
 
+or, where tensor cores serve many tokens (schedules/product.py), of host code that calls several kernels:
+
+                                          ->    y, scratch = call_dps_packed(product, (x, w.mask, w.row_start, w.values))
+
+with the kernels under symbols of their own and a note of the products on the module. Scratch is planned as any other
+result is: one place in memory serves all matrices.
+
 The parameter w gives way to its packed buffers, in the format's order, at its place among the parameters; a dense
 parameter keeps its name. The kernel is a sketch (schedules/space.py): ApplySchedules fills it in.
 """
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from math import prod
 
 import tvm
@@ -18,8 +26,10 @@ from tvm_sparse.formats import FORMATS
 from tvm_sparse.formats.base import FormatChoice
 from tvm_sparse.passes.annotate_sparsity import FORMATS_ATTR, annotated_formats
 from tvm_sparse.passes.linear import Linear, match_linear, relax_functions
+from tvm_sparse.schedules.product import Product, dense_spec, product, write_products
 from tvm_sparse.schedules.space import sketch
 from tvm_sparse.schedules.spec import KernelSpec
+from tvm_sparse.schedules.table import decoder
 
 
 @tvm.transform.module_pass(opt_level=0)
@@ -38,7 +48,8 @@ class LowerSparseMatmul:
         for gvar, function in relax_functions(mod).items():
             if FORMATS_ATTR in (function.attrs or {}):
                 lowered.builder_.update_func(gvar, lowered.lower(function))
-        return relax.transform.DeadCodeElimination()(lowered.builder_.get())
+        mod = relax.transform.DeadCodeElimination()(lowered.builder_.get())
+        return write_products(mod, list(lowered.products.values()))
 
 
 @relax.expr_functor.mutator
@@ -49,6 +60,8 @@ class _Lowering(relax.PyExprMutator):
         self.formats: dict[str, FormatChoice] = {}
         self.buffers: dict[str, list[relax.Var]] = {}
         self.kernels: dict[KernelSpec, tvm.ir.GlobalVar] = {}
+        self.products: dict[str, Product] = {}
+        self.called: set[str] = set()  # kernels that products call
 
     def lower(self, function: relax.Function) -> relax.Function:
         params = {param.name: param for param in function.params}
@@ -82,14 +95,40 @@ class _Lowering(relax.PyExprMutator):
         m = int(tokens) if isinstance(tokens, tvm.tirx.IntImm) else None
         choice = self.formats[linear.weight.name]
         spec = KernelSpec(choice, n, k, m, str(x.ty.dtype), linear.out_dtype, self.arch)
-        if spec not in self.kernels:
-            self.kernels[spec] = self.builder_.add_func(sketch(spec), spec.name)
         arguments = relax.Tuple([x, *self.buffers[linear.weight.name]])
         out_ty = relax.TensorType((tokens, n), linear.out_dtype)
-        y = relax.op.call_tir(self.kernels[spec], arguments, out_ty)
+        made = product(spec)
+        if made is not None:
+            y = self._call_product(made, spec, arguments, out_ty)
+        else:
+            y = relax.op.call_tir(self._kernel(spec), arguments, out_ty)
         if len(leading) == 1:
             return y
         return relax.op.reshape(self.builder_.emit(y), (*leading, n))
+
+    def _kernel(self, spec: KernelSpec) -> tvm.ir.GlobalVar:
+        if spec not in self.kernels:
+            self.kernels[spec] = self.builder_.add_func(sketch(spec), spec.name)
+        return self.kernels[spec]
+
+    def _call_product(
+        self, made: Product, spec: KernelSpec, arguments: relax.Tuple, out_ty: relax.TensorType
+    ) -> relax.TupleGetItem:
+        self.products[made.symbol] = made
+        self._add_symbol(made.dense, lambda: sketch(dense_spec(spec)))
+        if made.few:
+            self._add_symbol(made.few, lambda: sketch(spec))
+        if made.decode:
+            self._add_symbol(made.decode, lambda: decoder(spec))
+        scratch = relax.TensorType((made.scratch,), "uint8")
+        both = relax.op.call_dps_packed(relax.ExternFunc(made.symbol), arguments, [out_ty, scratch])
+        return relax.TupleGetItem(self.builder_.emit(both), 0)
+
+    def _add_symbol(self, name: str, make: Callable[[], tvm.tirx.PrimFunc]) -> None:
+        """A kernel that host code calls: its symbol keeps it in the library."""
+        if name not in self.called:
+            self.called.add(name)
+            self.builder_.add_func(make().with_attr("global_symbol", name), name)
 
 
 def _uses(body: relax.SeqExpr) -> set[relax.Var]:

@@ -1,4 +1,7 @@
-"""y = x W^T with W dense, on a GPU: one warp a row, 16 bytes of the row a lane and step, several steps in flight."""
+"""y = x W^T with W dense, on a GPU: one warp a row, 16 bytes of the row a lane and step, several steps in flight.
+
+Several tokens in bfloat16 go to the tensor cores instead (matmul_mma.py).
+"""
 
 from __future__ import annotations
 
@@ -7,6 +10,7 @@ from collections.abc import Mapping
 import tvm
 from tvm.script import tirx as T
 
+from tvm_sparse.schedules.cuda import matmul_mma
 from tvm_sparse.schedules.cuda.device_code import WARP, f32
 from tvm_sparse.schedules.cuda.token_tile import tile_decision, tokens_of
 from tvm_sparse.schedules.spec import KernelSpec
@@ -14,7 +18,9 @@ from tvm_sparse.schedules.table import Decision
 
 
 def space(spec: KernelSpec) -> tuple[Decision, ...]:
-    """`tile` tokens a CTA, `warps` rows a CTA, `depth` loads of 16 bytes in flight a lane."""
+    """`tile` tokens a CTA, `warps` rows a CTA, `depth` loads of 16 bytes in flight a lane; or matmul_mma's."""
+    if matmul_mma.takes(spec):
+        return matmul_mma.space(spec)
     return (
         tile_decision(spec),
         Decision("warps", (2, 4, 8, 16), 8),
@@ -24,6 +30,8 @@ def space(spec: KernelSpec) -> tuple[Decision, ...]:
 
 def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
     """(x [m, k], weight [n, k] bfloat16 or float32, y [m, n])."""
+    if matmul_mma.takes(spec):
+        return matmul_mma.build(spec, decisions)
     if not spec.choice.options and spec.k % 8 == 0 and spec.m == 1 and spec.x_dtype == "bfloat16":
         return _one_token(spec, decisions)
     return _any(spec, decisions)
