@@ -1,6 +1,7 @@
 """`python -m tvm_sparse.prune`: a checkpoint goes in, the same checkpoint with zeros comes out.
 
-request -> calibration sequences -> zeros for every matrix -> a copy with new matrices -> sparsity.json
+request -> calibration sequences -> zeros for every matrix -> a copy with new matrices -> what stays fine-tuned, where
+asked for -> sparsity.json
 """
 
 from __future__ import annotations
@@ -21,7 +22,8 @@ from tvm_sparse.errors import Refusal, Stopped, run_command
 from tvm_sparse.pruning import Pruner, select
 from tvm_sparse.pruning.allocation import by_layer, layer_sparsities, uniform
 from tvm_sparse.pruning.by_magnitude import prune_globally, prune_matrices
-from tvm_sparse.pruning.calibration import Calibration, calibration
+from tvm_sparse.pruning.calibration import Calibration, all_windows, calibration
+from tvm_sparse.pruning.finetune import check_memory, finetune, room_for_state
 from tvm_sparse.pruning.request import PruneRequest, needs_text, parse_prune
 from tvm_sparse.pruning.rewrite import SUMMARY, CheckpointCopy
 from tvm_sparse.pruning.structured import round_half_up
@@ -41,35 +43,67 @@ def prune(request: PruneRequest) -> dict[str, Any]:
     Raises Refusal before anything is written to OUT, and Stopped where finished work is kept: a full disk, or
     a device without room for a layer.
     """
-    model = open_checkpoint("auto", model=request.model)
-    if not isinstance(model, FolderCheckpoint):
-        raise Refusal(f"{request.model} is no checkpoint of files: give a folder or a hub id")
+    model = _open(request.model)
     names = select(model.config, request.include, request.exclude)
     shapes = {name: model.spec(name).shape for name in names}
     _check(request, shapes)
     text = None
     if request.text is not None and needs_text(request.method, request.allocation):
         text = calibration(request.text, model.folder, model.config, request.samples, request.length, request.seed)
-    fingerprint = _fingerprint(request, model, text)
+    teacher = _teacher(request, model, tuple(names))
+    lessons = None
+    if how := request.finetune:
+        flag = "--text" if how.text == request.text else "--finetune-text"
+        lessons = all_windows(flag, how.text, model.folder, model.config, how.length, how.seed)
+    fingerprint = _fingerprint(request, model, text, teacher, lessons)
     if (request.out / SUMMARY).is_file() and read_json(request.out / SUMMARY).get("fingerprint") == fingerprint:
         return read_json(request.out / SUMMARY)
 
-    with CheckpointCopy(model, request.out, fingerprint) as copy:
+    room = room_for_state(model, names) if how else 0
+    with CheckpointCopy(model, request.out, fingerprint, room) as copy:
         for name in copy.left_behind:
             print(f"  left out: {name}, the model as it was in another file", file=sys.stderr)
         try:
-            _prune(request, copy, text, _zeros(request, copy, text, shapes))
+            if request.method != "none" and any(name not in copy.done for name in names):
+                _prune(request, copy, text, _zeros(request, copy, text, shapes))
+            if how and lessons and teacher and "finetune" not in copy.notes:
+                copy.note("finetune", finetune(copy, teacher, names, lessons.ids, how, request.device))
         except torch.OutOfMemoryError as error:
-            raise Stopped(f"{request.device} has too little free memory for a layer: make room there and run the same "
+            raise Stopped(f"{request.device} has too little free memory: make room there and run the same "
                           "command again, or pass --device cpu") from error  # fmt: skip
         summary = {"tvm_sparse": __version__, "fingerprint": fingerprint, **request.to_json()}
         if text is not None:
             summary["calibration"] = text.to_json()
         if "owl" in copy.notes:
             summary["outliers"] = copy.notes["owl"]
+        if request.method == "none" and (model.folder / SUMMARY).is_file():
+            before = read_json(model.folder / SUMMARY)
+            summary["pruned"] = {key: before[key] for key in before if key not in ("matrices", "total", "fingerprint")}
+        if lessons is not None:
+            summary["finetune"] |= {**lessons.to_json(), **copy.notes["finetune"]}
         summary |= _counted({name: copy.done[name] for name in names})
         copy.finish(summary)
     return summary
+
+
+def _open(name: str) -> FolderCheckpoint:
+    model = open_checkpoint("auto", model=name)
+    if not isinstance(model, FolderCheckpoint):
+        raise Refusal(f"{name} is no checkpoint of files: give a folder or a hub id")
+    return model
+
+
+def _teacher(request: PruneRequest, model: FolderCheckpoint, names: tuple[str, ...]) -> FolderCheckpoint | None:
+    """Whom to learn from. Raises Refusal where that model or this machine does not serve."""
+    if request.finetune is None:
+        return None
+    teacher = model if request.finetune.teacher is None else _open(request.finetune.teacher)
+    sizes = [(one.config.vocab_size, one.config.hidden_size, one.config.num_hidden_layers) for one in (model, teacher)]
+    if sizes[0] != sizes[1]:
+        raise Refusal(f"--teacher {request.finetune.teacher} has other sizes (vocabulary, hidden, layers) "
+                      f"{sizes[1]} than the model's {sizes[0]}: give the dense model it was pruned from")  # fmt: skip
+    check_memory(model, teacher, names, request.device)
+    return teacher
 
 
 def _check(request: PruneRequest, shapes: Mapping[str, tuple[int, ...]]) -> None:
@@ -77,6 +111,8 @@ def _check(request: PruneRequest, shapes: Mapping[str, tuple[int, ...]]) -> None
         raise Refusal("nothing is left to prune: --exclude matches every matrix")
     for name, shape in shapes.items():
         request.pattern.check(name, shape)
+        if request.finetune and not name.startswith("layers."):
+            raise Refusal(f"{name} is in no layer, and only layers are fine-tuned: leave it or --finetune out")
         if needs_text(request.method, request.allocation) and not name.startswith("layers."):
             raise Refusal(f"{name} is in no layer, and calibration goes by layers: leave it out, or pass --prune "
                           "magnitude --allocation uniform")  # fmt: skip
@@ -119,9 +155,14 @@ def _prune(request: PruneRequest, copy: CheckpointCopy, text: Calibration | None
     prune_layers(copy, Decoder(copy.model.folder, request.device), text.ids, method, zeros)
 
 
-def _fingerprint(request: PruneRequest, model: FolderCheckpoint, text: Calibration | None) -> str:
+def _fingerprint(
+    request: PruneRequest, model: FolderCheckpoint, text: Calibration | None, teacher: FolderCheckpoint | None,
+    lessons: Calibration | None,
+) -> str:  # fmt: skip
     """Everything the new values depend on: another one does not resume what an earlier run left."""
     facts = [__version__, model.fingerprint(), request.to_json(), text.to_json() if text else None, request.device]
+    if teacher is not None and lessons is not None:
+        facts += [teacher.fingerprint(), lessons.to_json()]
     return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 

@@ -1,4 +1,4 @@
-"""Calibration text: a file, or a file of a data set on the hub, cut into sequences of equal length."""
+"""Text to calibrate or fine-tune on: a file, or one of a data set on the hub, cut into sequences of equal length."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from tvm_sparse.errors import Refusal
 from tvm_sparse.models.config import ModelConfig
 
 _CHARACTERS = 16  # of text read for a token that is wanted: a token has about four
+_MOST_CHARACTERS = 1 << 28  # read where all of a text is wanted
 _JSON = (".json", ".jsonl", ".ndjson")
 
 
@@ -41,22 +42,33 @@ def calibration(text: str, folder: Path, config: ModelConfig, samples: int, leng
 
     Raises Refusal where there is no such text, it is too short, or a sequence would not fit the model.
     """
+    path, tokens, windows = _cut("--text", text, folder, config, length, samples * length * _CHARACTERS, seed)
+    if len(windows) < samples:
+        raise Refusal(f"--text {text} has {tokens} tokens, that is {len(windows)} sequences of {length} and not "
+                      f"{samples}: give more text, or --samples {len(windows)}")  # fmt: skip
+    chosen = sorted(random.Random(seed).sample(range(len(windows)), samples))
+    return Calibration(windows[chosen], text, _sha256(path), seed)
+
+
+def all_windows(flag: str, text: str, folder: Path, config: ModelConfig, length: int, seed: int) -> Calibration:
+    """All consecutive windows of `length` tokens of a text that came by `flag`. Raises Refusal as `calibration`."""
+    path, _, windows = _cut(flag, text, folder, config, length, _MOST_CHARACTERS, seed)
+    return Calibration(windows, text, _sha256(path), seed)
+
+
+def _cut(
+    flag: str, text: str, folder: Path, config: ModelConfig, length: int, characters: int, seed: int
+) -> tuple[Path, int, torch.Tensor]:
+    """The file, how many tokens were read of it, and its windows [count, length], at least one."""
     limit = config.max_position_embeddings
     if length > limit:
         raise Refusal(f"--length {length} is over the model's {limit} positions: ask for at most {limit}")
     path = _locate(text)
-    wanted = samples * length
-    content = _read(path, wanted * _CHARACTERS, random.Random(seed))
-    ids = _tokenize(folder, content, config)
+    ids = _tokenize(folder, _read(path, characters, random.Random(seed)), config)
     if len(ids) < length:
-        raise Refusal(f"--text {text} has {len(ids)} tokens, not one sequence of {length}: give more text or "
+        raise Refusal(f"{flag} {text} has {len(ids)} tokens, not one sequence of {length}: give more text or "
                       f"--length {max(len(ids) // 2, 1)}")  # fmt: skip
-    windows = ids[: len(ids) // length * length].view(-1, length)
-    if len(windows) < samples:
-        raise Refusal(f"--text {text} has {len(ids)} tokens, that is {len(windows)} sequences of {length} and not "
-                      f"{samples}: give more text, or --samples {len(windows)}")  # fmt: skip
-    chosen = sorted(random.Random(seed).sample(range(len(windows)), samples))
-    return Calibration(windows[chosen], text, _sha256(path), seed)
+    return path, len(ids), ids[: len(ids) // length * length].view(-1, length)
 
 
 def _locate(text: str) -> Path:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 from tvm_sparse.command_line import CommandParser
 from tvm_sparse.errors import Refusal
 from tvm_sparse.pruning.allocation import OWL_REACH, OWL_THRESHOLD
+from tvm_sparse.pruning.finetune import Budget, Finetune
 from tvm_sparse.pruning.pattern import Pattern, parse_pattern
 
 # What each method compares; the first is its default. Blocks are of 128 columns, all rows.
@@ -18,6 +20,7 @@ GRANULARITIES = {
     "wanda": ("row", "matrix"),
     "sparsegpt": ("block",),
     "admm": ("matrix", "row"),
+    "none": ("matrix",),  # the zeros that are there
 }
 UPDATING = ("sparsegpt", "admm")
 SAMPLES, LENGTH = 128, 2048
@@ -42,6 +45,7 @@ class PruneRequest:
     owl_threshold: float
     owl_reach: float
     follow: float
+    finetune: Finetune | None
     device: str
     out: Path
 
@@ -49,7 +53,7 @@ class PruneRequest:
         """What the new values depend on, beside the model and the text."""
         facts: dict[str, Any] = {
             "method": self.method,
-            "sparsity": self.sparsity,
+            "sparsity": self.sparsity if self.method != "none" else None,
             "granularity": self.granularity if self.pattern.kind == "unstructured" else "pattern",
             "pattern": str(self.pattern),
             "allocation": self.allocation,
@@ -60,6 +64,8 @@ class PruneRequest:
             facts |= {"owl_threshold": self.owl_threshold, "owl_reach": self.owl_reach}
         if self.follow:
             facts["follow"] = self.follow
+        if self.finetune:
+            facts["finetune"] = self.finetune.to_json()
         return facts
 
 
@@ -68,8 +74,8 @@ def parse_prune(argv: Sequence[str]) -> PruneRequest:
     parser = CommandParser("prune", "Make zeros in a checkpoint: the same files, with other values.")
     add = parser.add_argument
     add("--model", required=True, help="local folder, hub id or registered name")
-    add("--sparsity", type=float, required=True, help="share of zeros in the pruned matrices, in [0, 1)")
-    add("--prune", default="wanda", choices=tuple(GRANULARITIES), help="the method")
+    add("--sparsity", type=float, help="share of zeros in the pruned matrices, in [0, 1)")
+    add("--prune", default="wanda", choices=tuple(GRANULARITIES), help="the method; none: pruned already")
     add("--granularity", choices=("matrix", "row", "global"), help="what weights are compared in "
         "(default: matrix; wanda row; sparsegpt has its own blocks)")  # fmt: skip
     add("--pattern", default="unstructured", help="unstructured, N:M or block:RxC")
@@ -84,10 +90,26 @@ def parse_prune(argv: Sequence[str]) -> PruneRequest:
     add("--owl-reach", type=float, default=OWL_REACH, help="how far layers may differ from the mean sparsity")
     add("--follow", type=float, default=0.0, metavar="SHARE", help="sparsegpt and admm: by what "
         "share new weights make up for inputs that are not the dense model's any more; 0.5 is good")  # fmt: skip
+    add("--finetune", metavar="BUDGET", help="afterwards train what stays to answer as the dense model does: so many "
+        "steps (500), or so long (90s, 10m, 2h)")  # fmt: skip
+    add("--finetune-text", metavar="TEXT", help="text to train on (default: --text)")
+    add("--finetune-batch", type=int, default=16, help="sequences of --length tokens in a step")
+    add("--finetune-rate", type=float, default=5e-4, help="highest learning rate")
+    add("--finetune-hidden", type=float, default=0.0, metavar="WEIGHT", help="of hidden states in the loss")
+    add("--teacher", help="the dense model to learn from (default: --model, before it is pruned)")
     add("--device", default="cpu", help="cpu, cuda or cuda:N")
     add("--out", type=Path, required=True, help="the new checkpoint")
     args = parser.parse_args(argv)
 
+    finetune = _finetune(args)
+    if args.prune == "none":
+        if args.sparsity is not None or args.pattern != "unstructured" or args.allocation != "uniform":
+            raise Refusal(
+                "--prune none takes the zeros that are there: leave --sparsity, --pattern and --allocation out"
+            )
+        args.sparsity = 0.0
+    if args.sparsity is None:
+        raise Refusal("--sparsity is missing: 0.75 makes three weights of four zero")
     if not 0 <= args.sparsity < 1:
         raise Refusal(f"--sparsity {args.sparsity:g} is outside [0, 1): 0.75 makes three weights of four zero")
     for flag in ("samples", "length"):
@@ -122,13 +144,52 @@ def parse_prune(argv: Sequence[str]) -> PruneRequest:
         owl_threshold=args.owl_threshold,
         owl_reach=args.owl_reach,
         follow=args.follow,
-        device=_device(args.device) if needs_text(args.prune, args.allocation) else "cpu",
+        finetune=finetune,
+        device=_device(args.device) if needs_text(args.prune, args.allocation) or finetune else "cpu",
         out=args.out,
     )
 
 
 def needs_text(method: str, allocation: str) -> bool:
-    return method != "magnitude" or allocation == "owl"
+    return method not in ("magnitude", "none") or allocation == "owl"
+
+
+def _finetune(args: Any) -> Finetune | None:
+    if args.finetune is None:
+        if args.prune == "none":
+            raise Refusal("--prune none leaves nothing to do without --finetune BUDGET")
+        if args.teacher is not None or args.finetune_text is not None:
+            given = "--teacher" if args.teacher is not None else "--finetune-text"
+            raise Refusal(f"{given} is for fine-tuning: pass --finetune BUDGET too")
+        return None
+    text = args.finetune_text or args.text
+    if text is None:
+        raise Refusal("--finetune trains on a text: pass --finetune-text FILE (not the text you judge on)")
+    if args.prune == "none" and args.teacher is None:
+        raise Refusal("--prune none --finetune needs the dense model to learn from: pass --teacher DENSE")
+    if args.finetune_batch < 1:
+        raise Refusal(f"--finetune-batch {args.finetune_batch} must be at least 1")
+    if not 0 < args.finetune_rate < 1 or not 0 <= args.finetune_hidden < float("inf"):
+        raise Refusal("--finetune-rate must be between 0 and 1, --finetune-hidden not under 0")
+    return Finetune(
+        budget=_budget(args.finetune),
+        text=text,
+        batch=args.finetune_batch,
+        length=args.length,
+        rate=args.finetune_rate,
+        hidden=args.finetune_hidden,
+        seed=args.seed,
+        teacher=args.teacher,
+    )
+
+
+def _budget(text: str) -> Budget:
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)([smh]?)", text)
+    if found is None or float(found[1]) <= 0 or (not found[2] and "." in found[1]):
+        raise Refusal(f"--finetune {text} is no budget: give steps (500) or a time (90s, 10m, 2h)")
+    if not found[2]:
+        return Budget(steps=int(found[1]))
+    return Budget(seconds=float(found[1]) * {"s": 1, "m": 60, "h": 3600}[found[2]])
 
 
 def _check_method(method: str, granularity: str | None, pattern: Pattern, allocation: str) -> None:

@@ -2,7 +2,8 @@
 
 The work goes on in OUT.partial, which becomes OUT by one rename when everything is there. Its prune.journal has a
 line for whatever is finished: an interrupted run of the same settings (`fingerprint`) goes on behind it. A matrix
-is read from the model until its line stands, so a half-written one is simply written again.
+is read from the model until its line stands, so a half-written one is simply written again. A finetune.state beside
+it is the state of fine-tuning under way.
 """
 
 from __future__ import annotations
@@ -17,6 +18,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
+from safetensors.torch import save_file
 
 from tvm_sparse.checkpoint.folder import FolderCheckpoint, shard_names
 from tvm_sparse.checkpoint.names import split_name
@@ -25,6 +28,7 @@ from tvm_sparse.errors import Refusal, Stopped
 
 SUMMARY = "sparsity.json"
 JOURNAL = "prune.journal"
+STATE = "finetune.state"
 _COPYING = ".copying"
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _OTHER_WEIGHTS = (".bin", ".pt", ".pth", ".gguf", ".h5", ".msgpack", ".onnx")  # the same model, not pruned
@@ -38,13 +42,15 @@ class CheckpointCopy:
     Refusal where OUT cannot be written, before any work, and Stopped where the disk is full.
     """
 
-    def __init__(self, model: FolderCheckpoint, out: Path, fingerprint: str) -> None:
+    def __init__(self, model: FolderCheckpoint, out: Path, fingerprint: str, room: int = 0) -> None:
+        """`room`: bytes that will be needed beside the checkpoint's own."""
         self.model = model
         self.out = out
         self.folder = out.resolve().parent / f"{out.resolve().name}.partial"
         self.done: dict[str, dict[str, Any]] = {}
         self.notes: dict[str, Any] = {}
         self._fingerprint = fingerprint
+        self._room = room
         self._places = _places(model.folder)
         self._files, self.left_behind = _files(model.folder)
         self._check()
@@ -91,10 +97,26 @@ class CheckpointCopy:
             self._append({"note": [key, value]})
         self.notes[key] = value
 
+    @property
+    def state(self) -> Path:
+        """Where `save_state` puts a safetensors file; it is there once there was one."""
+        return self.folder / STATE
+
+    def save_state(self, tensors: dict[str, torch.Tensor], facts: dict[str, Any]) -> None:
+        """Work under way, in the place of what was saved before: the file is whole or not there."""
+        saving = self.state.with_name(STATE + _COPYING)
+        try:
+            with _told_if_full():
+                save_file(tensors, saving, {"facts": json.dumps(facts)})
+                saving.rename(self.state)
+        finally:
+            saving.unlink(missing_ok=True)
+
     def finish(self, summary: dict[str, Any]) -> None:
         """Writes sparsity.json and makes the folder OUT."""
         with _told_if_full():
             _write_durably(self.folder / SUMMARY, json.dumps(summary, indent=1) + "\n")
+        self.state.unlink(missing_ok=True)
         (self.folder / JOURNAL).unlink()
         self.folder.rename(self.out)  # an empty OUT gives way
 
@@ -110,7 +132,7 @@ class CheckpointCopy:
         if not parent.is_dir() or not os.access(parent, os.W_OK):
             raise Refusal(f"--out {self.out} cannot be made: {parent} is no folder to write to")
         missing = [name for name in self._files if not (self.folder / name).exists()]
-        need = sum((self.model.folder / name).stat().st_size for name in missing)
+        need = sum((self.model.folder / name).stat().st_size for name in missing) + self._room
         free = shutil.disk_usage(parent).free
         if need > free:
             raise Refusal(f"--out {self.out} needs {need / 1e9:.1f} GB, the disk has {free / 1e9:.1f}: make room, or "
@@ -209,7 +231,8 @@ def _write_durably(path: Path, text: str) -> None:
 def _told_if_full() -> Iterator[None]:
     try:
         yield
-    except OSError as error:
-        if error.errno not in _FULL:
+    except (OSError, SafetensorError) as error:
+        full = error.errno in _FULL if isinstance(error, OSError) else os.strerror(errno.ENOSPC) in str(error)
+        if not full:
             raise
         raise Stopped("the disk is full: what is finished is kept; make room and run the same command again") from error
