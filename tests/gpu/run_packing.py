@@ -1,14 +1,18 @@
-"""Packs a model's parameters on the GPU and on the CPU: python tests/gpu/run_packing.py [MODEL]
+"""Packs a model's parameters on the GPU and on the CPU: python tests/gpu/run_packing.py [MODEL [LAYERS]]
 
-First every format on small matrices, bit for bit; then, with MODEL (such as qwen3.5-27b), the whole model from synthetic
-weights at 75 % into a temporary folder, with the time and the peak of host memory.
+First every format on small matrices, bit for bit; then, with MODEL (such as qwen3.5-27b), the whole model or its first
+layers from synthetic weights at 75 % into a temporary folder, with the time and the peak of host memory; of LAYERS also
+where the time goes.
 """
 
 from __future__ import annotations
 
+import cProfile
+import pstats
 import sys
 import tempfile
 import time
+from dataclasses import replace
 from pathlib import Path
 
 sys.path[:0] = [str(Path(__file__).parents[2])]
@@ -68,10 +72,24 @@ def whole(model: ModelConfig) -> None:
         began = time.perf_counter()
         plan = pack_model(Path(folder), "timing", layout, weights, H200, 1, expected=expected)
         took = time.perf_counter() - began
-    print(f"{plan.nbytes / 1e9:.2f} GB packed on {weights.device} in {took:.0f} s, {peak_memory() / 2**30:.2f} GiB of RAM")
+    peak = peak_memory() / 2**30
+    print(f"{plan.nbytes / 1e9:.2f} GB packed on {weights.device} in {took:.0f} s, {peak:.2f} GiB of RAM")
+
+
+def main(model: str = "", layers: str = "") -> None:
+    same_bits()
+    if not model:
+        return
+    config = REGISTERED[model]
+    if not layers:
+        whole(config)
+        return
+    first = replace(config, num_hidden_layers=int(layers), layer_types=config.layer_types[: int(layers)])
+    profile = cProfile.Profile()
+    profile.runcall(whole, first)
+    pstats.Stats(profile).sort_stats("tottime").print_stats(25)
+    pstats.Stats(profile).sort_stats("cumulative").print_stats(35)
 
 
 if __name__ == "__main__":
-    same_bits()
-    for name in sys.argv[1:]:
-        whole(REGISTERED[name])
+    main(*sys.argv[1:])
