@@ -3,18 +3,19 @@
 LIBRARY is of `bench kernels --target h200 --sparsity 0.75,0.9,0.95 --batch 1 --packed delta --build-library LIBRARY`;
 EVICT_LAST, if given, the same with the words' loads marked evict_last. A group is some of a layer's packed matrices, in
 one allocation. Times come from captured graphs that first read half a gigabyte of other data, so that nothing of the
-group is in the L2 cache: `first` is an iteration after that, `later` one of the 15 that follow, `others` one of 16 that
-each have weights of their own. `+ state`: every iteration also updates 6.3 MB of its own, as DeltaNet layers do. With a
-`window` the allocation is marked persisting in the L2 cache (access policy window of the stream that is captured).
+group is in the L2 cache: `first` is an iteration after that, `later` one of the 15 that follow, `others` one of 15 that
+each have weights of their own. `+ state`: every iteration also updates 3.1 MB of its own, as a DeltaNet layer does,
+which takes its time too. With a `window` the allocation is marked persisting in the L2 cache (access policy window of
+the stream that is captured). `floor`: kernels that read the same words and do nothing else.
 """
 
 from __future__ import annotations
 
 import ctypes
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from statistics import median
 
@@ -45,7 +46,7 @@ GROUPS = {
     "DeltaNet layer 75 %": (DELTANET, 0.75),
 }
 ITERATIONS, ROUNDS = 16, 9
-STATE = 48 * 128 * 128 * 4  # bytes of one DeltaNet layer's recurrent state, read and written
+STATE = 48 * 128 * 128 * 4  # bytes of one DeltaNet layer's recurrent state, 3.1 MB, read and written
 FLUSH = 512 << 20
 ALIGN = 256
 
@@ -118,13 +119,14 @@ class Cuda:
 
 
 class Group:
-    """Packed matrices side by side in one allocation, and calls of their kernels."""
+    """Packed matrices side by side in one allocation, and calls of their kernels, or of those that only read words."""
 
-    def __init__(self, packed: list[tuple[tuple[int, int], Packed]], kernels: Kernels) -> None:
+    def __init__(self, packed: list[tuple[tuple[int, int], Packed]], kernels: Kernels, floor: bool = False) -> None:
         tensors = [tensor for _, each in packed for tensor in each.buffers.values()]
         self.memory = torch.zeros(sum(_padded(tensor.nbytes) for tensor in tensors), dtype=torch.uint8, device="cuda")
         self.nbytes = self.memory.nbytes
-        self._calls, at = [], 0
+        self._calls: list[Callable[[], object]] = []
+        at = 0
         for shape, each in packed:
             parts = []
             for tensor in each.buffers.values():
@@ -133,12 +135,13 @@ class Group:
                 at += _padded(tensor.nbytes)
             x = torch.randn(1, shape[1], device="cuda").bfloat16()
             y = torch.zeros(1, shape[0], device="cuda").bfloat16()
-            kernel = kernels[blank_spec(each.choice, shape, 1, H200).name]
-            self._calls.append((kernel, x, parts, y))
+            name = blank_spec(each.choice, shape, 1, H200).name
+            arguments = (parts[0], torch.zeros(1, dtype=torch.uint32, device="cuda")) if floor else (x, *parts, y)
+            self._calls.append(partial(kernels[f"floor_{name}" if floor else name], *arguments))
 
     def __call__(self) -> None:
-        for kernel, x, parts, y in self._calls:
-            kernel(x, *parts, y)
+        for call in self._calls:
+            call()
 
 
 def _padded(nbytes: int) -> int:
@@ -162,12 +165,10 @@ class Timer:
         self._other = torch.ones(FLUSH // 4, device="cuda")
         self._sum = torch.zeros((), device="cuda")
         self.carrying: set[tuple[int, int]] = set()
-        self._flush_alone = self._time([])
 
-    def __call__(self, calls: list[Callable[[], object]]) -> float:
-        return self._time(calls) - self._flush_alone
+    def __call__(self, calls: Sequence[Callable[[], object]]) -> float:
+        """The flush's own time is in it."""
 
-    def _time(self, calls: list[Callable[[], object]]) -> float:
         def work() -> None:
             torch.sum(self._other, dim=0, out=self._sum)
             for call in calls:
@@ -207,40 +208,42 @@ def persisting(cuda: Cuda, timer: Timer, memory: torch.Tensor | None) -> Iterato
         cuda.set_aside(0)
 
 
-def measure(timer: Timer, group: Group, state: list[torch.Tensor], memory: torch.Tensor | None) -> list[float]:
-    """first, later, later with state."""
-    updates = [lambda s=s: s.mul_(1.0) for s in state]  # type: ignore[misc]
-    with persisting(timer.cuda, timer, memory):
-        once, often = timer([group]), timer([group] * ITERATIONS)
-        one, all = ([call for update in part for call in (group, update)] for part in (updates[:1], updates))
-        with_state = timer(all) - timer(one)
-        alone = timer(list(updates)) - timer(updates[:1])
-    return [once, (often - once) / (ITERATIONS - 1), (with_state - alone) / (ITERATIONS - 1)]
+def measure(timer: Timer, groups: Sequence[Group], updates: Sequence[Callable[[], object]]) -> list[float]:
+    """Microseconds of the first iteration, of a later one, and of a later one with its state; an iteration a group."""
+    once, all = timer(groups[:1]), timer(groups)
+    first, with_state = (
+        timer([call for pair in zip(groups[:count], updates, strict=False) for call in pair])
+        for count in (1, ITERATIONS)
+    )
+    return [once - timer([]), (all - once) / (ITERATIONS - 1), (with_state - first) / (ITERATIONS - 1)]
 
 
 def main(library: str, evict_last: str | None = None) -> None:
+    torch.manual_seed(0)
     cuda, kernels = Cuda(), Kernels(Path(library))
     marked = Kernels(Path(evict_last)) if evict_last else None
     timer = Timer(cuda, kernels)
     sizes = [cuda.attribute(number) / 2**20 for number in (L2_SIZE, MAX_PERSISTING, MAX_WINDOW)]
     print(torch.cuda.get_device_name(0), "L2 {:.0f} MiB, at most {:.0f} persisting, window {:.0f}".format(*sizes))
-    heads = ["first", "later", "+ state", "others"]
-    print(f"{'group':28} {'MB':>6}  {'':12}" + "".join(f"{head:>9}" for head in heads), flush=True)
+    heads = ("first", "later", "others", "later + state", "others + state")
+    print(f"{'group':28} {'MB':>6}  {'':12}" + "".join(f"{head:>15}" for head in heads), flush=True)
     state = [torch.ones(STATE // 4, device="cuda") for _ in range(ITERATIONS)]
+    updates = [partial(torch.Tensor.mul_, each, 1.0) for each in state]
     for name, (shapes, sparsity) in GROUPS.items():
         packed = [(shape, random_packed(shape, sparsity)) for shape in shapes]
-        group = Group(packed, kernels)
-        others = [Group(packed, kernels) for _ in range(ITERATIONS)]
-        apart = (timer(list(others)) - timer(others[:1])) / (ITERATIONS - 1)
-        del others
-        rows = {"plain": (group, None), "window": (group, group.memory)}
+        variants = {"plain": (kernels, False), "window": (kernels, False), "floor": (kernels, True)}
         if marked is not None:
-            rows["evict_last"] = (Group(packed, marked), None)
-        for how, (each, memory) in rows.items():
-            times = measure(timer, each, state, memory)
-            said = "".join(f"{time:9.1f}" for time in (*times, apart))
-            print(f"{name:28} {each.nbytes / 1e6:6.1f}  {how:12}{said}", flush=True)
-    print("kernels in a graph, of these with a window:", sorted(timer.carrying))
+            variants["evict_last"] = (marked, False)
+        for how, (library_of, floor) in variants.items():
+            group = Group(packed, library_of, floor)
+            with persisting(cuda, timer, group.memory if how == "window" else None):
+                first, later, later_state = measure(timer, [group] * ITERATIONS, updates)
+            others = [Group(packed, library_of, floor) for _ in range(ITERATIONS)]
+            _, apart, apart_state = measure(timer, others, updates)
+            times = (first, later, apart, later_state, apart_state)
+            print(f"{name:28} {group.nbytes / 1e6:6.1f}  {how:12}" + "".join(f"{t:15.1f}" for t in times), flush=True)
+            del others, group
+    print("kernels in a graph, of these with a window:", max(timer.carrying), max(timer.carrying, key=lambda c: c[1]))
 
 
 if __name__ == "__main__":
