@@ -1,4 +1,7 @@
-"""Norm and rotation of queries and keys, and the caches' new rows, on a GPU: one warp a head of a token."""
+"""Norm and rotation of queries and keys, and the caches' new rows, on a GPU: one warp a head of a token.
+
+In a prefill a warp goes on to further heads of its token, for which the angles are the same.
+"""
 
 from __future__ import annotations
 
@@ -29,6 +32,8 @@ def rope_append(
     half = rotary_dim // 2
     normed = heads + kv_heads  # warps after these copy v
     jobs = normed + kv_heads
+    rounds = 1 if tokens is not None else -(-jobs // (2 * WARPS))  # jobs of a warp, two CTAs a token
+    turned = -(-rotary_dim // WARP)
     k_column = 2 * heads * head_dim
 
     @T.prim_func(s_tir=True)
@@ -43,77 +48,81 @@ def rope_append(
         q: T.Buffer((n, heads * head_dim), "float32"),
     ):
         token = T.launch_thread("blockIdx.x", n)
-        block = T.launch_thread("blockIdx.y", T.ceildiv(jobs, WARPS))
+        block = T.launch_thread("blockIdx.y", T.ceildiv(jobs, WARPS * rounds))
         thread = T.launch_thread("threadIdx.x", WARPS * WARP)
-        job: T.let[T.int32] = block * WARPS + thread // WARP
         lane: T.let[T.int32] = thread % WARP
         owner = T.alloc_buffer((1,), "int32", scope="local")
         at = T.alloc_buffer((1,), "int64", scope="local")
+        job = T.alloc_buffer((1,), "int32", scope="local")
         column = T.alloc_buffer((1,), "int32", scope="local")
         scale = T.alloc_buffer((1,), "float32", scope="local")
-        value = T.alloc_buffer((1,), "float32", scope="local")
+        values = T.alloc_buffer((each,), "float32", scope="local")
         partner = T.alloc_buffer((1,), "float32", scope="local")
         other = T.alloc_buffer((1,), "int32", scope="local")
         angle = T.alloc_buffer((1,), "float32", scope="local")
+        cosine = T.alloc_buffer((turned,), "float32", scope="local")
+        sine = T.alloc_buffer((turned,), "float32", scope="local")  # of what the partner counts
         if T.bool(prefill):
             owner[0] = slot[0]
             at[0] = T.cast(position[owner[0]], "int64") + token
         else:
             owner[0] = T.cast(token, "int32")
             at[0] = T.cast(position[owner[0]], "int64")
+        for i in T.unroll(turned):
+            other[0] = (i * WARP + lane) % half
+            # In float64, then rounded: the float32 frequency and angle of the model's definition.
+            angle[0] = f32(at[0]) * f32(
+                T.pow(T.float64(theta), T.cast(other[0], "float64") * T.float64(-2.0 / rotary_dim))
+            )
+            cosine[i] = T.cos(angle[0])
+            sine[i] = T.if_then_else(i * WARP + lane < half, -T.sin(angle[0]), T.sin(angle[0]))
 
-        if job < normed:
-            column[0] = T.if_then_else(
-                job < heads, job * 2 * head_dim, k_column + (job - heads) * head_dim
-            )
-            scale[0] = T.float32(0)
-            for i in T.unroll(each):
-                if i * WARP + lane < head_dim:
-                    value[0] = f32(qkv[token, column[0] + i * WARP + lane])
-                    scale[0] += value[0] * value[0]
-            scale[0] = T.rsqrt(
-                T.cuda.warp_sum(scale[0]) / T.float32(head_dim) + T.float32(eps)
-            )
-            for i in T.unroll(each):
-                if i * WARP + lane < head_dim:
-                    value[0] = (
-                        f32(qkv[token, column[0] + i * WARP + lane])
-                        * scale[0]
-                        * T.if_then_else(
-                            job < heads, q_norm[i * WARP + lane], k_norm[i * WARP + lane]
-                        )
-                    )
-                    if i * WARP + lane < rotary_dim:
-                        other[0] = T.if_then_else(
-                            i * WARP + lane < half, i * WARP + lane + half, i * WARP + lane - half
-                        )
-                        partner[0] = (
-                            f32(qkv[token, column[0] + other[0]])
+        for turn in range(rounds):
+            job[0] = (block * rounds + turn) * WARPS + thread // WARP
+            if job[0] < normed:
+                column[0] = T.if_then_else(
+                    job[0] < heads, job[0] * 2 * head_dim, k_column + (job[0] - heads) * head_dim
+                )
+                scale[0] = T.float32(0)
+                for i in T.unroll(each):
+                    values[i] = T.float32(0)
+                    if i * WARP + lane < head_dim:
+                        values[i] = f32(qkv[token, column[0] + i * WARP + lane])
+                for i in T.unroll(each):
+                    scale[0] += values[i] * values[i]
+                scale[0] = T.rsqrt(
+                    T.cuda.warp_sum(scale[0]) / T.float32(head_dim) + T.float32(eps)
+                )
+                for i in T.unroll(each):
+                    if i * WARP + lane < head_dim:
+                        values[i] = (
+                            values[i]
                             * scale[0]
-                            * T.if_then_else(job < heads, q_norm[other[0]], k_norm[other[0]])
-                        )
-                        if i * WARP + lane < half:
-                            partner[0] = -partner[0]
-                            other[0] = i * WARP + lane
-                        # In float64, then rounded: the float32 frequency and angle of the model's definition.
-                        angle[0] = f32(at[0]) * f32(
-                            T.pow(
-                                T.float64(theta),
-                                T.cast(other[0], "float64") * T.float64(-2.0 / rotary_dim),
+                            * T.if_then_else(
+                                job[0] < heads, q_norm[i * WARP + lane], k_norm[i * WARP + lane]
                             )
                         )
-                        value[0] = value[0] * T.cos(angle[0]) + partner[0] * T.sin(angle[0])
-                    if job < heads:
-                        q[token, job * head_dim + i * WARP + lane] = value[0]
-                    if job >= heads and at[0] < context:
-                        k_cache[owner[0], job - heads, at[0], i * WARP + lane] = T.cast(
-                            value[0], dtype
-                        )
-        if job >= normed and job < jobs and at[0] < context:
-            for i in T.unroll(each):
-                if i * WARP + lane < head_dim:
-                    v_cache[owner[0], job - normed, at[0], i * WARP + lane] = qkv[
-                        token, k_column + (job - heads) * head_dim + i * WARP + lane
-                    ]
+                        if i * WARP + lane < rotary_dim:
+                            other[0] = T.if_then_else(
+                                i * WARP + lane < half, i * WARP + lane + half, i * WARP + lane - half
+                            )
+                            partner[0] = (
+                                f32(qkv[token, column[0] + other[0]])
+                                * scale[0]
+                                * T.if_then_else(job[0] < heads, q_norm[other[0]], k_norm[other[0]])
+                            )
+                            values[i] = values[i] * cosine[i] + partner[0] * sine[i]
+                        if job[0] < heads:
+                            q[token, job[0] * head_dim + i * WARP + lane] = values[i]
+                        if job[0] >= heads and at[0] < context:
+                            k_cache[owner[0], job[0] - heads, at[0], i * WARP + lane] = T.cast(
+                                values[i], dtype
+                            )
+            if job[0] >= normed and job[0] < jobs and at[0] < context:
+                for i in T.unroll(each):
+                    if i * WARP + lane < head_dim:
+                        v_cache[owner[0], job[0] - normed, at[0], i * WARP + lane] = qkv[
+                            token, k_column + (job[0] - heads) * head_dim + i * WARP + lane
+                        ]
 
     return rope_append
