@@ -6,7 +6,6 @@ The standard deviations reproduce the share of small weights measured on the 27B
 
 from __future__ import annotations
 
-from concurrent.futures import ThreadPoolExecutor
 from hashlib import blake2b
 
 import torch
@@ -14,6 +13,7 @@ import torch
 from tvm_sparse.checkpoint.base import Checkpoint
 from tvm_sparse.checkpoint.whole import Stored, VisionTower, stored_tensors, text_dtype
 from tvm_sparse.models.config import ModelConfig
+from tvm_sparse.threads import on_all_cores
 
 ROWS = 256
 _STD = {
@@ -59,12 +59,7 @@ class SyntheticCheckpoint(Checkpoint):
             low, high = max(start, first), min(stop, first + ROWS)
             out[low - start : high - start] = drawn[low - first : high - first]
 
-        blocks = range(start // ROWS, -(-stop // ROWS))
-        if len(blocks) == 1:
-            draw(blocks[0])
-        else:  # torch draws on one core only
-            with ThreadPoolExecutor(torch.get_num_threads()) as pool:
-                list(pool.map(draw, blocks))
+        on_all_cores(draw, range(start // ROWS, -(-stop // ROWS)))
         return out
 
     def exact_bf16(self, name: str) -> bool:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from typing import TypeVar
 
 import torch
+
+from tvm_sparse.threads import on_all_cores
 
 # Large enough that torch's cost per call vanishes, small enough that what an operation makes stays in the L2 cache.
 BLOCK = 1 << 18
@@ -30,13 +31,4 @@ def over_blocks(work: Callable[[int, int], T], rows: int, columns: int, device: 
     if device.type != "cpu":
         scale = 256
         return [work(a, b) for a, b in row_blocks(rows, max(1, columns // scale), multiple)]
-    ranges = list(row_blocks(rows, columns, multiple))
-    threads = min(torch.get_num_threads(), len(ranges))
-    if threads <= 1:
-        return [work(a, b) for a, b in ranges]
-    outside = torch.get_num_threads()
-    try:
-        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
-            return list(pool.map(lambda ab: work(*ab), ranges))
-    finally:
-        torch.set_num_threads(outside)  # the initializer also moved the process-wide default
+    return on_all_cores(lambda ab: work(*ab), row_blocks(rows, columns, multiple))

@@ -87,17 +87,27 @@ class Pruner:
             raise ValueError(f"{name}: pruning works in place on contiguous matrices")
         shape = (weight.shape[0], weight.shape[1])
         zeros = Zeros(shape)
-        for _ in self.stream(name, shape, weight.dtype, lambda start, stop: weight[start:stop], zeros):
+        rows = shape[0] if weight.is_cuda else READ_ROWS  # a GPU waits for the host after every block
+        for _ in self.stream(name, shape, weight.dtype, lambda start, stop: weight[start:stop], zeros, rows):
             pass
         return zeros
 
     def stream(
-        self, name: str, shape: tuple[int, int], dtype: torch.dtype, read: Read, zeros: Zeros
+        self,
+        name: str,
+        shape: tuple[int, int],
+        dtype: torch.dtype,
+        read: Read,
+        zeros: Zeros,
+        rows: int = READ_ROWS,
     ) -> Iterator[torch.Tensor]:
-        """Yields a matrix's pruned row blocks in order and fills `zeros`; `read(start, stop)` gives rows, to keep."""
+        """Yields a matrix's pruned blocks of about `rows` rows in order and fills `zeros`.
+
+        `read(start, stop)` gives rows, to keep.
+        """
         rule = self._rule(name, shape, dtype)
         tall = self.pattern.rows or 1
-        step = max(1, READ_ROWS // tall) * tall
+        step = max(1, rows // tall) * tall
         starts = range(0, shape[0], step)
         for index in range(rule.scans if rule else 0):
             for start in starts:
