@@ -1,4 +1,4 @@
-"""What a delta kernel is measured against: the same CTAs read the same words in the same launch mode, and no more."""
+"""What a kernel is measured against: one CTA an SM reads as many bytes in the same launch mode, and no more."""
 
 from __future__ import annotations
 
@@ -7,7 +7,6 @@ from tvm.script import tirx as T
 
 from tvm_sparse.schedules.cuda.device_code import WARP, symbol
 from tvm_sparse.schedules.cuda.matmul_delta import LAUNCH_PARAMS, PROGRAMMATIC
-from tvm_sparse.schedules.spec import KernelSpec
 
 _STREAM = """
 __device__ __forceinline__ unsigned tvms_stream(const void* from, int begin, int end) {
@@ -25,9 +24,8 @@ __device__ __forceinline__ unsigned tvms_stream(const void* from, int begin, int
 """
 
 
-def build(spec: KernelSpec) -> tvm.tirx.PrimFunc:
-    """(words, out uint32 [1]); out is hardly ever written."""
-    bins, warps = spec.choice.option("bins"), spec.choice.option("warps")
+def build(bins: int, warps: int) -> tvm.tirx.PrimFunc:
+    """(words uint16 [bins, steps, 32, 8], out uint32 [1]); out is hardly ever written."""
     steps = symbol("steps")
 
     @T.prim_func(s_tir=True)

@@ -1,166 +1,168 @@
-"""`bench kernels` on a GPU: captured graphs over rotating copies, in one run with torch's and our own dense product.
+"""`bench kernels` on a GPU: the packed matmul against every dense product, in one run, by captured graphs.
 
-A graph holds at least 64 calls and its copies of the weights exceed the L2 cache four times; a call that does not know
-the kernel before it pays for the whole of itself. Nothing here imports TVM's compiler: a library built elsewhere runs.
+Nothing here imports TVM's compiler: a library built elsewhere runs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
-from math import ceil
+import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
-from tvm_sparse.bench.options import Options, blank_spec
+from tvm_sparse.bench import gpu_library, gpu_rivals
+from tvm_sparse.bench.gpu_timing import (
+    TOLERANCE,
+    Kernels,
+    random_sparse,
+    random_tokens,
+    relative_error,
+    rotating,
+)
+from tvm_sparse.bench.options import MANY, Options, blank_spec
 from tvm_sparse.bench.tables import Row
 from tvm_sparse.bench.timing import Times
-from tvm_sparse.engine.runtime import load_cuda
-from tvm_sparse.formats import FORMATS, Packed, pack
+from tvm_sparse.formats import FORMATS, Packed, Stats, pack
 from tvm_sparse.formats.base import FormatChoice
 from tvm_sparse.plan import decide, expected_stats
 from tvm_sparse.schedules.spec import KernelSpec
-from tvm_sparse.targets import Machine
 
-CALLS = 64
-TOLERANCE = 4e-3  # rounding to bfloat16 leaves 1.7e-3
+DENSE = FORMATS["dense"].choice()
 
 
-def specs(options: Options, machine: Machine) -> list[KernelSpec]:
+def specs(options: Options) -> list[KernelSpec]:
     """Every kernel a run needs, told from the options alone."""
     found: dict[KernelSpec, None] = {}
     for shape in options.shapes:
-        for batch in options.batches:
-            choices = [_choice(options, expected_stats(shape, 1 - s), machine, batch) for s in options.sparsities]
-            for choice in (*choices, FORMATS["dense"].choice()):
-                found[blank_spec(choice, shape, batch, machine)] = None
+        for tokens in options.batches:
+            choices = [choose(options, expected_stats(shape, 1 - s), tokens) for s in options.sparsities]
+            for choice in (*choices, DENSE):
+                found[blank_spec(choice, shape, tokens, options.machine)] = None
     return list(found)
 
 
-def _choice(options: Options, stats, machine: Machine, batch: int) -> FormatChoice:
+def choose(options: Options, stats: Stats, tokens: int) -> FormatChoice:
+    """The format of a row. A prompt meets what was chosen for decoding one token: a matrix is stored once."""
     if options.packed == "auto":
-        return decide("weight", stats, (machine,), batch).choice
-    return (*FORMATS[options.packed].choices(stats, machine), FORMATS["dense"].choice())[0]
+        return decide("weight", stats, (options.machine,), 1 if tokens > MANY else tokens).choice
+    return (*FORMATS[options.packed].choices(stats, options.machine), DENSE)[0]
 
 
-def measure_all(options: Options, machine: Machine, library: Path) -> list[Row]:
-    kernels = Kernels(library)
-    rows = []
+def measure_all(options: Options, library: Path) -> list[Row]:
+    lane, rows = _Lane(options, library), []
     for shape in options.shapes:
+        dense: dict[int, dict[str, Times | None]] = {}
         for sparsity in options.sparsities:
-            weight = _random_sparse(shape, sparsity)
-            for batch in options.batches:
-                choice = _choice(options, expected_stats(shape, 1 - sparsity), machine, batch)
-                rows.append(_measure_one(options, kernels, machine, weight, choice, sparsity, batch))
-                print("  " + ", ".join(f"{key} {value}" for key, value in rows[-1].items()), flush=True)
+            weight = random_sparse(shape, sparsity)
+            packed: dict[FormatChoice, Packed] = {}
+            for tokens in options.batches:
+                choice = choose(options, expected_stats(shape, 1 - sparsity), tokens)
+                if choice not in packed:
+                    packed[choice] = pack(weight, choice)
+                if tokens not in dense:
+                    dense[tokens] = lane.rivals(weight, tokens)
+                rows.append(lane.row(weight, packed[choice], sparsity, tokens, dense[tokens]))
+                told = ", ".join(f"{key} {value}" for key, value in rows[-1].items())
+                print(f"  {told}", file=sys.stderr, flush=True)
     return rows
 
 
-class Kernels:
-    """The functions of a compiled library by name."""
+class _Lane:
+    """One GPU, one library: contenders run one after the other, each in a graph over copies of its own."""
 
-    def __init__(self, library: Path) -> None:
-        torch.zeros(1, device="cuda")  # loads the CUDA runtime that torch carries
-        load_cuda()
-        import tvm_ffi
+    def __init__(self, options: Options, library: Path):
+        self._options, self._machine = options, options.machine
+        self._kernels, self._built = Kernels(library), gpu_library.read(library)
 
-        self.stream = tvm_ffi.use_torch_stream
-        self._module = tvm_ffi.load_module(str(library.resolve()))
+    def row(
+        self, weight: torch.Tensor, packed: Packed, sparsity: float, tokens: int, rivals: dict[str, Times | None]
+    ) -> Row:
+        (n, k), choice = weight.shape, packed.choice
+        spec = blank_spec(choice, (n, k), tokens, self._machine)
+        x = random_tokens(tokens, k)
+        ours, y = self._ours(spec, x)
+        mine = self._time(str(choice), list(packed.buffers.values()), ours)
+        error = relative_error(y, x.double() @ weight.double().T)
+        if not error < TOLERANCE:
+            raise RuntimeError(f"{spec.name}: relative error {error:.1e} at {sparsity:g}")
+        others = {"cuSPARSE CSR": self._try("cuSPARSE CSR", lambda: self._csr(x, weight)), **rivals}
+        dense = [times for name in ("dense", "cuBLAS", "cuBLASLt") if (times := others[name]) is not None]
+        best = min(dense, key=lambda times: times.median)
+        row: dict[str, object] = {
+            "shape": f"{n}x{k}", "sparsity": sparsity, "batch": tokens, "format": str(choice),
+            "schedule": self._built[spec.name].schedule.split(":")[0],
+            "us": mine.median * 1e6, "spread us": mine.spread * 1e6, "MB": packed.nbytes / 1e6,
+            "TB/s": packed.nbytes / mine.median / 1e12, "floor us": self._floor(packed).median * 1e6,
+            **{f"{name} us": times.median * 1e6 if times else "" for name, times in others.items()},
+            "ratio": best.median / mine.median, "error": error,
+        }  # fmt: skip
+        return row
 
-    def __getitem__(self, name: str) -> Callable[..., Any]:
-        return self._module[name]
+    def rivals(self, weight: torch.Tensor, tokens: int) -> dict[str, Times | None]:
+        """Dense products, whose time does not depend on the zeros, and 2:4, which has its own."""
+        n, k = weight.shape
+        x = random_tokens(tokens, k)
+        want = x.double() @ weight.double().T
+        ours, y = self._ours(blank_spec(DENSE, (n, k), tokens, self._machine), x)
+        found: dict[str, Times | None] = {"dense": self._time("dense", [weight], ours)}
+        _check("dense", y, want)
+        for name in ("cuBLAS", "cuBLASLt"):
+            with gpu_rivals.blas(name.lower()):
+                found[name] = self._rival(name, gpu_rivals.dense(x, weight), want)
+        kept = "cuSPARSELt 2:4"
+        found[kept] = self._try(
+            kept, lambda: self._rival(kept, gpu_rivals.two_four(x, weight), gpu_rivals.two_four_wanted(x, weight))
+        )
+        return found
 
+    def _ours(self, spec: KernelSpec, x: torch.Tensor) -> tuple[Callable[..., object], torch.Tensor]:
+        """The call on packed buffers, and the poisoned y it fills."""
+        built = self._built[spec.name]
+        kernel = self._kernels[built.symbol]
+        y = torch.full((x.shape[0], spec.n), torch.nan, dtype=torch.bfloat16, device="cuda")
+        if not built.scratch:
+            return lambda *parts: kernel(x, *parts, y), y
+        scratch = torch.empty(built.scratch, dtype=torch.uint8, device="cuda")
+        return lambda *parts: kernel(x, *parts, y, scratch), y
 
-def _random_sparse(shape: tuple[int, int], sparsity: float) -> torch.Tensor:
-    """Normal weights with the smallest set to zero, as pruning by magnitude leaves them."""
-    generator = torch.Generator("cuda").manual_seed(0)
-    weight = torch.empty(shape, device="cuda").normal_(0, 0.0111, generator=generator)
-    cut = weight.abs().flatten()[: 1 << 22].quantile(sparsity)
-    return weight.mul_(weight.abs() > cut).bfloat16()
+    def _csr(self, x: torch.Tensor, weight: torch.Tensor) -> Times | None:
+        if x.shape[0] > MANY:
+            return None  # a hundred times slower than dense
+        return self._rival("cuSPARSE CSR", gpu_rivals.csr(x, weight), x.double() @ weight.double().T)
 
+    def _rival(self, name: str, rival: gpu_rivals.Rival, want: torch.Tensor) -> Times:
+        times = self._time(name, rival.tensors, rival.call)
+        _check(name, rival.result(), want)
+        return times
 
-def _measure_one(
-    options: Options,
-    kernels: Kernels,
-    machine: Machine,
-    weight: torch.Tensor,
-    choice: FormatChoice,
-    sparsity: float,
-    batch: int,
-) -> Row:
-    n, k = weight.shape
-    x = torch.randn(batch, k, device="cuda", generator=torch.Generator("cuda").manual_seed(1)).bfloat16()
-    want = x.double() @ weight.double().T
-    packed = pack(weight, choice)
-    y = torch.empty(batch, n, dtype=torch.bfloat16, device="cuda")
-    ours, dense = (kernels[blank_spec(c, (n, k), batch, machine).name] for c in (choice, FORMATS["dense"].choice()))
+    def _floor(self, packed: Packed) -> Times:
+        """The kernel that reads as many bytes and does nothing else."""
+        cores = self._machine.cores
+        steps = -(-packed.nbytes // (cores * 512))
+        words = torch.zeros(cores, steps, 32, 8, dtype=torch.uint16, device="cuda")
+        out = torch.zeros(1, dtype=torch.uint32, device="cuda")
+        return self._time("floor", [words], lambda words: self._kernels[gpu_library.FLOOR](words, out))
 
-    def race(name: str, parts: Mapping[str, torch.Tensor], call: Callable[..., object], check: bool = True) -> Times:
-        nbytes = sum(t.nbytes for t in parts.values())
-        copies = [[t.clone() for t in parts.values()] for _ in range(_copies(nbytes, machine))]
-        y.fill_(torch.nan)
-        rounds = tuple(_replays(kernels, [lambda c=c: call(*c) for c in copies], options.rounds))  # type: ignore[misc]
-        if check and not _error(y, want) < TOLERANCE:
-            raise RuntimeError(f"{name} [{n}, {k}]: relative error {_error(y, want):.1e}")
-        return Times(name, nbytes, rounds)
+    def _time(self, name: str, tensors: Sequence[torch.Tensor], call: Callable[..., object]) -> Times:
+        copies = rotating(tensors, self._machine)
+        calls = [lambda copy=copy: call(*copy) for copy in copies]  # type: ignore[misc]
+        return Times(name, sum(t.nbytes for t in tensors), self._kernels.replays(calls, self._options.rounds))
 
-    mine = race(str(choice), packed.buffers, lambda *parts: ours(x, *parts, y))
-    error = _error(y, want)
-    others = [
-        race("dense", {"": weight}, lambda w: dense(x, w, y)),
-        race("torch", {"": weight}, lambda w: torch.mm(x, w.T, out=y)),
-    ]
-    best = min(others, key=lambda times: times.median)
-    row: dict[str, object] = {
-        "shape": f"{n}x{k}", "sparsity": sparsity, "batch": batch, "format": str(choice),
-        "us": mine.median * 1e6, "spread us": mine.spread * 1e6, "MB": packed.nbytes / 1e6,
-        "TB/s": packed.nbytes / mine.median / 1e12, "floor us": _floor(kernels, packed, batch, machine, race),
-        "dense us": others[0].median * 1e6, "torch us": others[1].median * 1e6,
-        "ratio": best.median / mine.median, "error": error,
-    }  # fmt: skip
-    return row
-
-
-def _floor(kernels: Kernels, packed: Packed, batch: int, machine: Machine, race: Callable[..., Times]) -> float | str:
-    """Microseconds of the kernel that reads the same words and does nothing else."""
-    if packed.choice.name != "delta":
-        return ""
-    stream = kernels["floor_" + blank_spec(packed.choice, packed.shape, batch, machine).name]
-    out = torch.zeros(1, dtype=torch.uint32, device="cuda")
-    return race("floor", packed.buffers, lambda words, *_: stream(words, out), check=False).median * 1e6
-
-
-def _copies(nbytes: int, machine: Machine) -> int:
-    return max(2, ceil(4 * machine.l2 / nbytes) + 1)
-
-
-def _replays(kernels: Kernels, calls: list[Callable[[], object]], rounds: int) -> Iterator[float]:
-    """Seconds of one call, for each replay of a graph that makes every call as often, at least CALLS in all."""
-    calls = calls * ceil(CALLS / len(calls))
-    for call in calls:
-        call()
-    torch.cuda.synchronize()
-    graph = torch.cuda.CUDAGraph()
-    with kernels.stream(torch.cuda.graph(graph)):
-        for call in calls:
-            call()
-    for number in range(rounds + 2):
-        start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        start.record()
-        graph.replay()
-        end.record()
-        torch.cuda.synchronize()
-        if number >= 2:  # the first ones warm up
-            yield start.elapsed_time(end) * 1e-3 / len(calls)
+    def _try(self, name: str, measure: Callable[[], Times | None]) -> Times | None:
+        """A library that does not take this product leaves a gap, with a word."""
+        try:
+            return measure()
+        except Exception as fault:
+            print(f"  {name}: {type(fault).__name__}: {str(fault).splitlines()[0][:200]}", file=sys.stderr)
+            return None
 
 
-def _error(y: torch.Tensor, want: torch.Tensor) -> float:
-    return float((y.double() - want).norm() / want.norm())
+def _check(name: str, y: torch.Tensor, want: torch.Tensor) -> None:
+    error = relative_error(y, want)
+    if not error < TOLERANCE:
+        raise RuntimeError(f"{name}: relative error {error:.1e}")
 
 
 def machine() -> dict[str, object]:
     return {"machine": torch.cuda.get_device_name(0), "torch": torch.__version__}
-
-
-__all__ = ["Kernels", "machine", "measure_all", "specs"]

@@ -6,7 +6,7 @@ Weights are random with zeros at random places. What runs on a CPU is in cpu_rac
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import date
 from math import exp, log
 from pathlib import Path
@@ -15,8 +15,13 @@ from statistics import fmean
 import torch
 
 from tvm_sparse.bench.options import Options, parse
+from tvm_sparse.bench.results import merge
+from tvm_sparse.bench.speedup_plot import draw
 from tvm_sparse.bench.tables import Row, render
 from tvm_sparse.errors import Refusal
+
+KEYS = ("machine", "shape", "sparsity", "batch", "threads", "format")
+"""What tells rows of several runs apart; a later run's row takes the place of an earlier one's."""
 
 
 def main(argv: Sequence[str]) -> None:
@@ -27,25 +32,34 @@ def main(argv: Sequence[str]) -> None:
     from tvm_sparse.bench import cpu_race
 
     rows = [row for threads in options.threads for row in cpu_race.measure_all(options, threads)]
-    print(render(rows + geometric_means(rows), options.fmt, origin(argv) | cpu_race.machine()))
+    publish(options, rows, origin(argv) | cpu_race.machine())
 
 
 def _on_gpu(options: Options, argv: Sequence[str]) -> None:
     """The library is built here and run here, or either alone: --build-library FILE, --library FILE."""
-    from tvm_sparse.bench import gpu_race
+    from tvm_sparse.bench import gpu_library, gpu_race
 
     with tempfile.TemporaryDirectory() as folder:
         library = Path(options.library or options.build_library or f"{folder}/kernels.so")
         if not options.library:
-            from tvm_sparse.bench import gpu_library
-
-            gpu_library.build(library, gpu_race.specs(options, options.machine), options.machine)
+            gpu_library.build(library, gpu_race.specs(options), options.machine)
         if options.build_library:
             return
         if not torch.cuda.is_available():
             raise Refusal(f"bench kernels --target {options.machine.name}: no GPU here (--build-library FILE builds)")
-        rows = gpu_race.measure_all(options, options.machine, library)
-    print(render(rows + geometric_means(rows), options.fmt, origin(argv) | gpu_race.machine()))
+        rows = gpu_race.measure_all(options, library)
+        publish(options, rows, origin(argv) | gpu_race.machine())
+
+
+def publish(options: Options, rows: Sequence[Row], notes: Mapping[str, object]) -> None:
+    """Prints the rows of this run, and merges them into --out."""
+    print(render([*rows, *geometric_means(rows)], options.fmt, notes))
+    if not options.out:
+        return
+    folder = Path(options.out)
+    merged = merge(folder, "kernels", rows, KEYS, notes)
+    merge(folder, "kernels", [], KEYS, notes, {"Geometric means over the shapes": geometric_means(merged)})
+    (folder / "kernels.svg").write_text(draw(merged), encoding="utf-8")
 
 
 def origin(argv: Sequence[str]) -> dict[str, object]:
