@@ -4,10 +4,10 @@
 
 or, where tensor cores serve many tokens (schedules/product.py), of host code that calls several kernels:
 
-                                          ->    y, scratch = call_dps_packed(product, (x, w.mask, w.row_start, w.values))
+                                          ->    y, _ = call_dps_packed(product, (x, w.mask, w.row_start, w.values))
 
-with the kernels under symbols of their own and a note of the products on the module. Scratch is planned as any other
-result is: one place in memory serves all matrices.
+with the kernels under symbols of their own and a note of the products on the module. The second result is scratch,
+planned as any other: one place in memory serves all matrices.
 
 The parameter w gives way to its packed buffers, in the format's order, at its place among the parameters; a dense
 parameter keeps its name. The kernel is a sketch (schedules/space.py): ApplySchedules fills it in.

@@ -74,6 +74,13 @@ static const Scratch& exchange(const unsigned* words, int count) {
 static float __shfl_xor_sync(unsigned, float value, int step) {
   return __uint_as_float(exchange((const unsigned*)&value, 1).words[running % 32 ^ step][0]);
 }
+static int shuffled(int value, int lane) {
+  const Scratch& all = exchange((const unsigned*)&value, 1);
+  return (int)all.words[lane][0];
+}
+static int __shfl_sync(unsigned, int value, int lane) { return shuffled(value, lane); }
+static int __shfl_up_sync(unsigned, int value, int step) { return shuffled(value, max(running % 32 - step, 0)); }
+static int __popc(unsigned bits) { return __builtin_popcount(bits); }
 static bool __any_sync(unsigned, bool value) {
   unsigned word = value, any = 0;
   const Scratch& all = exchange(&word, 1);
@@ -167,6 +174,9 @@ extern "C" void run_{name}(void** args, int gx, int gy, int count) {{
 """
 
 
+_PREAMBLE_ENDS = "#define ushort unsigned short\n#endif\n"
+
+
 def generated(function: tvm.tirx.PrimFunc, name: str, folder: Path) -> str:
     """The CUDA source of one PrimFunc. Needs a CUDA toolkit, as every build does."""
     sources: list[str] = []
@@ -186,7 +196,7 @@ class Kernels:
 
     def __init__(self, function: tvm.tirx.PrimFunc, name: str, folder: Path) -> None:
         source = generated(function, name, folder)
-        code = source[source.index("#ifndef TVMS_") :]
+        code = source[source.rindex(_PREAMBLE_ENDS) + len(_PREAMBLE_ENDS) :]
         code = re.sub(r"extern __shared__ [^;]*?(\w+)\[\];", r"unsigned char* \1 = shared_memory;", code)
         kernels = re.findall(r'^extern "C" __global__ void __launch_bounds__\(\d+\) (\w+)\(([^()]*)\) \{', code, re.M)
         self.parameters: dict[str, list[str]] = {}

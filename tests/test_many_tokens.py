@@ -6,7 +6,7 @@ from emulated_tensor_cores import Kernels
 
 from tvm_sparse.codegen import cuda_toolkit
 from tvm_sparse.errors import Refusal
-from tvm_sparse.formats import FORMATS, pack
+from tvm_sparse.formats import FORMATS, FormatChoice, pack
 from tvm_sparse.schedules.cuda import matmul_mma
 from tvm_sparse.schedules.spec import KernelSpec
 from tvm_sparse.schedules.table import decoder, instantiate
@@ -40,12 +40,52 @@ def test_the_tensor_core_kernel_equals_float64(case, tmp_path):
     generator = torch.Generator().manual_seed(k)
     x, w = (torch.randn(rows, k, generator=generator).bfloat16() for rows in (tokens, n))
     y = torch.full((tokens + 1, n), float("nan"), dtype=getattr(torch, dtype))
-    across, down, deep = matmul_mma.TILES[tile][2:]
-    wide, high = matmul_mma.TILES[tile][0] * across, matmul_mma.TILES[tile][1] * down
-    grid = (-(-tokens // wide), -(-n // high))
-    kernels.run("product_kernel", grid, 32 * across * down * deep, {"x": x, "weight": w, "y": y, "m": tokens, "n": tokens})
+    tokens_each, features_each, across, down, deep = matmul_mma.TILES[tile]
+    grid = (-(-tokens // (tokens_each * across)), -(-n // (features_each * down)))
+    values = {"x": x, "weight": w, "y": y, "m": tokens, "n": tokens}
+    kernels.run("product_kernel", grid, 32 * across * down * deep, values)
     assert bool(y[tokens:].isnan().all())
     want = x.double() @ w.double().T
     rounding = 2**-8 if dtype == "bfloat16" else 2**-20
     allowed = want.abs() * rounding + (x.double().abs() @ w.double().abs().T) * 2**-20
     assert bool(((y[:tokens].double() - want).abs() <= allowed).all())
+
+
+def matrix(choice: FormatChoice, n: int, k: int) -> torch.Tensor:
+    """Random with zeros; an empty row, and a full one where the format holds it."""
+    generator = torch.Generator().manual_seed(n + k)
+    weight = torch.randn(n, k, generator=generator)
+    if choice.name == "2:4":
+        weight *= torch.rand(n, k // 4, 4, generator=generator).argsort(2).view(n, k) < 2
+    elif choice.name == "block":
+        rows, cols = choice.option("rows"), choice.option("cols")
+        kept = torch.rand(-(-n // rows), -(-k // cols), generator=generator) < 0.4
+        weight *= kept.repeat_interleave(rows, 0).repeat_interleave(cols, 1)[:n, :k]
+    else:
+        weight *= torch.rand(n, k, generator=generator) < 0.4
+        weight[n // 2] = 1.5
+    weight[0] = 0
+    return weight.bfloat16()
+
+
+# choice, n, k, CTAs
+DECODED = {
+    "bitmap": (FORMATS["bitmap"].choice(), 21, 72, 3),
+    "bitmap-long": (FORMATS["bitmap"].choice(), 5, 1096, 1),
+    "2to4": (FORMATS["2:4"].choice(), 37, 72, 2),
+    "block": (FORMATS["block"].choice(4, 8), 21, 72, 6),
+    "block-odd": (FORMATS["block"].choice(3, 20), 21, 72, 7),
+}
+
+
+@pytest.mark.parametrize("case", DECODED)
+def test_a_decoder_gives_back_every_bit(case, tmp_path):
+    choice, n, k, ctas = DECODED[case]
+    kernels = Kernels(decoder(KernelSpec(choice, n, k, None, "bfloat16", "bfloat16", "sm_90a")), "decode", tmp_path)
+    weight = matrix(choice, n, k)
+    buffers = {name: tensor.contiguous() for name, tensor in pack(weight, choice).buffers.items()}
+    sizes = {"nv": len(buffers.get("values", ())), "nb": len(buffers.get("blocks", ()))}
+    decoded = torch.full((n + 1, k), -1, dtype=torch.int16)
+    kernels.run("decode_kernel", (ctas, 1), 256, {**buffers, **sizes, "w": decoded})
+    assert torch.equal(decoded[:n], (weight + 0.0).view(torch.int16))
+    assert bool((decoded[n:] == -1).all())

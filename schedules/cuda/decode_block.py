@@ -34,7 +34,7 @@ def build(spec: KernelSpec) -> tvm.tirx.PrimFunc:
         thread = T.launch_thread("threadIdx.x", _THREADS)
         pairs = T.decl_buffer((n, k // 2), "uint32", data=w.data)
         bits = T.decl_buffer((count, rows, cols_each), "uint16", data=blocks.data)
-        stored = T.decl_buffer((count, rows, T.max(cols_each // 2, 1)), "uint32", data=blocks.data)
+        eights = T.decl_buffer((count, rows, T.max(cols_each // 8, 1), 4), "uint32", data=blocks.data)
         which = T.alloc_buffer((across,), "int32", scope="shared.dyn")
         pair = T.alloc_buffer((4,), "uint32", scope="local")
         at = T.alloc_buffer((4,), "int32", scope="local")  # row in the block, column, block, block of one column
@@ -59,7 +59,7 @@ def build(spec: KernelSpec) -> tvm.tirx.PrimFunc:
                         at[2] = which[at[1] // cols_each]
                         if at[2] >= 0:
                             for i in T.vectorized(4):
-                                pair[i] = stored[at[2], at[0], at[1] % cols_each // 2 + i]
+                                pair[i] = eights[at[2], at[0], at[1] % cols_each // 8, i]
                     else:
                         for i in T.unroll(8):
                             at[3] = which[(at[1] + i) // cols_each]

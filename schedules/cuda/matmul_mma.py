@@ -1,12 +1,12 @@
 """y = x W^T with W dense, for several tokens and many, on the tensor cores that an H200 and a B200 share.
 
-A CTA takes a tile of tokens times features. Both operands come through shared memory in stages of 64 columns, several of
-them on their way (cp.async) while one is multiplied; a stage holds rows of 128 bytes, x's before W's, laid out as
+A CTA takes a tile of tokens times features. Both operands come through shared memory in stages of 64 columns, several
+of them on their way (cp.async) while one is multiplied; a stage holds rows of 128 bytes, x's before W's, laid out as
 tensor_core.py says. Where tokens are few, so that reading W is what takes time, warps share out a stage's panels of 64
 columns instead of its rows, and add up their sums in a fixed order at the end.
 
-A lane's sums of four neighbouring 8-column products are 8 neighbours of a row of y, because W's rows are put into shared
-memory in the order that makes them so:
+A lane's sums of four neighbouring 8-column products are 8 neighbours of a row of y, because W's rows are put into
+shared memory in the order that makes them so:
 
     row of the tile, in each 32    8 j + 2 t + e     j = 0..3, t = 0..3, e = 0..1
     holds feature                  8 t + 2 j + e     lane 4 g + t has sums 2 t + e of product j
@@ -205,8 +205,8 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
     name = f"tvms_matmul<{', '.join(map(str, (*tile, stages)))}, {out}>"
 
     def multiply(x, weight, y, operands):
-        pointers = [T.address_of(buffer[0, 0]) for buffer in (x, weight, y)]
-        call = (name, *pointers, T.address_of(operands[0]), T.cast(m, "int64"), n, k)
+        pointers = [buffer.data for buffer in (x, weight, y, operands)]  # address_of would shrink them to one element
+        call = (name, *pointers, T.cast(m, "int64"), n, k)
         return T.evaluate(T.cuda.func_call(*call, source_code=tensor_core.SOURCE + _SOURCE))
 
     @T.prim_func(s_tir=True)

@@ -1,4 +1,4 @@
-"""Builds the products of many tokens that run_products.py checks: python tests/gpu/build_products.py OUT.so [machine ...]
+"""Builds what run_products.py checks: python tests/gpu/build_products.py OUT.so [machine ...]
 
 Beside OUT.so stands OUT.json: a row for each product, for a machine without TVM's compiler.
 """
