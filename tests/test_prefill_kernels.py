@@ -1,19 +1,22 @@
 """Prefill's tensor core kernels of a GPU, emulated here, against float64, and what their algebra rests on."""
 
+import re
 import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+import tvm
 from emulated_tensor_cores import Kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tvm_sparse.codegen import cuda_toolkit
+from tvm_sparse.codegen import cuda, cuda_toolkit
 from tvm_sparse.errors import Refusal
 from tvm_sparse.schedules.cuda import attention_tiled, gated_delta_chunked
 from tvm_sparse.schedules.ops import as_kernel
+from tvm_sparse.targets import MACHINES
 
 sys.path.insert(0, str(Path(__file__).parent / "gpu"))
 import reference
@@ -31,6 +34,22 @@ def toolkit():
         cuda_toolkit.find_toolkit()
     except Refusal as missing:
         pytest.skip(str(missing))
+
+
+def test_kernels_ask_for_all_their_memory(monkeypatch):
+    """TVM shrinks buffers to what it sees used: the host code must still allot what the kernels were written for."""
+    toolkit, target = cuda.prepare(), cuda.cuda_target([MACHINES["h200"]])
+    monkeypatch.setattr(cuda, "compile_source", lambda *_: b"none")
+    functions = {
+        "delta": gated_delta_chunked.gated_delta(1, 16, 48, 128, 128, "bfloat16"),
+        "attention": attention_tiled.attention(1, 24, 4, 256, "bfloat16"),
+    }
+    mod = tvm.IRModule({name: as_kernel(f).with_attr("global_symbol", name) for name, f in functions.items()})
+    with cuda._nvcc(toolkit, ["sm_90a"]), target:
+        host = tvm.compile(mod, target=target).mod.inspect_source()
+    for in_shared in (50944, 150528, (128 + 4 * 64) * 256 * 2):
+        assert f"store i64 {in_shared}," in host
+    assert not re.search(r"%(queries|keys|inside|across|gates) = .*\(i32 2, i32 %dev_id, i64 \d", host)
 
 
 def relative_error(out: torch.Tensor, wanted: torch.Tensor) -> float:
@@ -55,7 +74,7 @@ def run_delta(kernels, s, y, mixed, a_log, dt_bias, slot, state) -> torch.Tensor
         return torch.full(size, float("nan"), dtype=dtype)
 
     held = {"y": y, "mixed": mixed, "a_log": a_log, "dt_bias": dt_bias, "slot": slot, "state": state}
-    held |= {"n": n, "row_length": mixed.shape[1]}
+    held |= {"n": n, "row_length": mixed.shape[1], "cse_v1": chunks}
     held |= {name: poisoned(chunks, s.key_heads, 64, s.key_dim) for name in ("queries", "keys")}
     held |= {"inside": poisoned(chunks, heads, 64, 64), "across": poisoned(chunks, heads, s.key_dim, 64)}
     held |= {"gates": poisoned(chunks, heads, 2, 64, dtype=torch.float32)}

@@ -200,12 +200,12 @@ def attention(batch: int, heads: int, kv_heads: int, head_dim: int, dtype: str) 
         T.evaluate(
             T.cuda.func_call(
                 name,
-                T.address_of(q[0, 0]),
-                T.address_of(qkv[0, 0]),
+                q.data,
+                qkv.data,
                 T.address_of(k_cache[slot[0], 0, 0, 0]),
                 T.address_of(v_cache[slot[0], 0, 0, 0]),
-                T.address_of(y[0, 0]),
-                T.address_of(tiles[0]),
+                y.data,
+                tiles.data,  # address_of would make TVM shrink it to one element
                 position[slot[0]],
                 T.float32(scale),
                 n,

@@ -426,7 +426,7 @@ def gated_delta(
     staged = 2 * (3 * tile + CHUNK * CHUNK * 2 + CHUNK * 68 * 4 + 2 * CHUNK * 4)
 
     def call(name, buffers, *more):
-        pointers = [T.address_of(buffer[(0,) * len(buffer.shape)]) for buffer in buffers]
+        pointers = [buffer.data for buffer in buffers]  # address_of would make TVM shrink them to one element
         return T.evaluate(T.cuda.func_call(name + sizes, *pointers, *more, source_code=tensor_core.SOURCE + _SOURCE))
 
     @T.prim_func(s_tir=True)
