@@ -21,7 +21,9 @@ from tvm_sparse.config import parse_build
 from tvm_sparse.engine import Engine
 from tvm_sparse.errors import Refusal, run_command
 from tvm_sparse.folding.decide import decide_fold
+from tvm_sparse.folding.page import fold_lines
 from tvm_sparse.folding.ranges import executed_layers, parse_fold, parse_layers, spelled, tied_layers
+from tvm_sparse.folding.residence import residence
 from tvm_sparse.layout import executed_config, make_layout
 from tvm_sparse.library import import_model
 from tvm_sparse.models.config import REGISTERED, tensors
@@ -314,3 +316,31 @@ def test_the_mean_of_layers_stands_in_the_first_ones_place():
     assert weights.tensor("layers.0.linear_attn.A_log").dtype == torch.float32  # as stored
     assert torch.equal(weights.tensor("norm.weight"), checkpoint.tensor("norm.weight"))
     assert weights.fingerprint() != checkpoint.fingerprint() and weights.side_files() == checkpoint.side_files()
+
+
+def folded_27b(sparsity, machines):
+    schedule = decide_fold(read("--fold", "8:24"), _27B, None, "cpu").schedule
+    plan = declared(_27B, make_layout(_27B, schedule), select(_27B), sparsity, Pattern(), machines, 1)
+    return residence(_27B.layer_types, schedule, plan, machines, 1)
+
+
+def test_a_layer_of_the_27b_does_not_stay_in_the_cache_at_75_per_cent():
+    deltanet, attention = folded_27b(0.75, parse_targets("h200"))
+    assert (deltanet["layer"], deltanet["uses"], attention["layer"], attention["uses"]) == (8, 12, 11, 4)
+    assert 170e6 < deltanet["bytes"] < 210e6
+    both = deltanet["bytes"] + attention["bytes"]
+    assert deltanet["between"] == {str(deltanet["bytes"]): 8, str(both): 3} and attention["between"] == {str(both): 3}
+    facts = deltanet["machines"]["h200"]
+    assert facts["found"] == facts["saved"] == 0 and facts["later"] < facts["first"] < 1e-4
+    assert facts["part"] == pytest.approx(facts["holds"] / deltanet["bytes"]) and facts["from_sparsity"] > 0.9
+
+
+def test_a_layer_with_few_weights_stays_in_a_large_cache():
+    deltanet, attention = folded_27b(0.95, parse_targets("b200"))
+    facts = deltanet["machines"]["b200"]
+    assert facts["found"] == 8 and facts["saved"] > 0
+    assert facts["saved"] == pytest.approx(8 * (facts["first"] - facts["later"]))
+    assert attention["machines"]["b200"]["found"] == 0
+    page = "\n".join(fold_lines({"executed": 64, "layers": 50, "schedule": "0-8,8", "asked": {"weights": "first"},
+                                 "residence": [deltanet, attention]}))  # fmt: skip
+    assert "| DeltaNet 8 | 12 |" in page and "| 8 of 11 |" in page and "does not fit" in page and fold_lines({}) == []

@@ -21,6 +21,7 @@ from tvm_sparse.checkpoint import Checkpoint, WeightsUnavailable, model_config, 
 from tvm_sparse.config import DEFAULT_CONTEXT, BuildConfig, parse_build
 from tvm_sparse.errors import Refusal, run_command
 from tvm_sparse.folding.decide import Fold, check_fold, decide_fold
+from tvm_sparse.folding.residence import residence
 from tvm_sparse.formats import FORMATS
 from tvm_sparse.layout import Layout, make_layout
 from tvm_sparse.models.config import ModelConfig
@@ -68,7 +69,7 @@ def build(config: BuildConfig) -> None:
     negative = sum(zeros.negative_zeros for zeros in weights.zeros.values())
     notes = [line for line in (checkpoint.dropped_line(),) if line]
     notes += [f"{negative} weights were -0.0 and are +0.0"] if negative else []
-    _finish(config, _report(config, fold, plan, checkpoint.origin, phases, notes), model, layout, checkpoint)
+    _finish(config, _report(config, model, fold, plan, checkpoint.origin, phases, notes), model, layout, checkpoint)
 
 
 def build_library(config: BuildConfig) -> None:
@@ -96,7 +97,7 @@ def _without_weights(
     layout = make_layout(model, fold.schedule)
     plan = _declare(config, model, layout, selected)
     _compile(config, model, layout, plan, phases)
-    _finish(config, _report(config, fold, plan, {"kind": "none"}, phases, [missing]), model, layout, None)
+    _finish(config, _report(config, model, fold, plan, {"kind": "none"}, phases, [missing]), model, layout, None)
 
 
 def _require_machines(config: BuildConfig) -> None:
@@ -169,6 +170,13 @@ def _fingerprint(config: BuildConfig, layout: Layout, checkpoint: Checkpoint) ->
     return hashlib.sha256(json.dumps(facts, sort_keys=True, default=str).encode()).hexdigest()
 
 
+def _fold(config: BuildConfig, model: ModelConfig, fold: Fold, plan: Plan) -> dict[str, Any]:
+    if config.fold.off:
+        return {}
+    again = residence(model.layer_types, fold.schedule, plan, config.targets, config.batch)
+    return {**fold.facts, "residence": again}
+
+
 def _pruning(config: BuildConfig) -> dict[str, Any]:
     return {
         "method": config.prune,
@@ -232,7 +240,7 @@ def _finish(config: BuildConfig, report: dict[str, Any], model: ModelConfig, lay
     })  # fmt: skip
 
 
-def _report(config: BuildConfig, fold: Fold, plan: Plan, weights: dict[str, Any], phases: Phases,
+def _report(config: BuildConfig, model: ModelConfig, fold: Fold, plan: Plan, weights: dict[str, Any], phases: Phases,
             notes: list[str]) -> dict[str, Any]:  # fmt: skip
     from tvm_sparse.report import make_report
 
@@ -244,7 +252,7 @@ def _report(config: BuildConfig, fold: Fold, plan: Plan, weights: dict[str, Any]
         "batch": config.batch,
         "context": config.context,
         "pruning": _pruning(config),
-        "fold": {} if config.fold.off else fold.facts,
+        "fold": _fold(config, model, fold, plan),
         "seconds": phases.seconds,
         "peak_memory": peak_memory(),
         "notes": notes,

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from tvm_sparse.artefact.writer import write_json
+from tvm_sparse.folding.page import fold_lines
 from tvm_sparse.plan import Plan, PlanEntry
 from tvm_sparse.schedules.spec import KernelSpec
 from tvm_sparse.targets import Machine
@@ -61,6 +62,7 @@ def _markdown(report: dict[str, Any]) -> str:
         f"- peak memory of the build: {report['peak_memory'] / 2**30:.2f} GiB",
         *(f"- {name}: {seconds:.1f} s" for name, seconds in report["seconds"].items()),
         *(f"- note: {note}" for note in report["notes"]),
+        *fold_lines(report["fold"]),
         "",
         "Expected speed-up is the plan's estimate against the dense kernel, not a measurement.",
         "",
