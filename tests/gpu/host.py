@@ -25,6 +25,16 @@ def load(library: str) -> Callable[[str], Callable]:
     return lambda name: module[name]
 
 
+def library_of(argv: list[str]) -> tuple[str, list[str]]:
+    """A script's library, named by --library FILE or standing first, and its other arguments."""
+    if "--library" in argv[:-1]:
+        at = argv.index("--library")
+        return argv[at + 1], argv[:at] + argv[at + 2 :]
+    if not argv:
+        raise SystemExit("name the compiled kernels: --library FILE")
+    return argv[0], argv[1:]
+
+
 class Output:
     """A poisoned output between two guards."""
 

@@ -1,7 +1,11 @@
-"""Every matmul kernel against float64 on fresh random data: python tests/gpu/run_matmuls.py LIBRARY [format]"""
+"""Every matmul kernel against float64 on fresh random data.
+
+python tests/gpu/run_matmuls.py --library FILE [format] [--largest N]    (only matrices of at most N weights)
+"""
 
 from __future__ import annotations
 
+import argparse
 import sys
 from pathlib import Path
 
@@ -9,7 +13,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
 import cases  # noqa: E402
 import torch  # noqa: E402
-from host import DEVICE, Output, load, relative_error  # noqa: E402
+from host import DEVICE, Output, library_of, load, relative_error  # noqa: E402
 
 from tvm_sparse.formats import FORMATS  # noqa: E402
 
@@ -61,12 +65,19 @@ def check(case: cases.Matmul, kernel) -> float:
     return worst
 
 
-def main(library: str, only: str = "") -> None:
+def main(argv: list[str]) -> None:
+    library, rest = library_of(argv)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("format", nargs="?", default="")
+    parser.add_argument("--largest", type=int, default=1 << 62)
+    only = parser.parse_args(rest)
     torch.seed()
     get = load(library)
     worst: dict[tuple[str, str], float] = {}
     failed = []
-    selected = [case for case in cases.matmuls() if only in ("", case.choice.name)]
+    selected = [
+        case for case in cases.matmuls() if only.format in ("", case.choice.name) and case.n * case.k <= only.largest
+    ]
     for case in selected:
         error = check(case, get(case.name))
         key = (str(case.choice), case.out_dtype)
@@ -80,4 +91,4 @@ def main(library: str, only: str = "") -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    main(sys.argv[1:])

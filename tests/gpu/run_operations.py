@@ -1,4 +1,4 @@
-"""Every model operation against float64 on fresh random data: python tests/gpu/run_operations.py LIBRARY [SHAPE ...]"""
+"""Every model operation against float64 on fresh random data: run_operations.py --library FILE [SHAPE ...]"""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 import reference  # noqa: E402
 import torch  # noqa: E402
 from cases import SHAPES, Shape  # noqa: E402
-from host import DEVICE, Output, load, relative_error  # noqa: E402
+from host import DEVICE, Output, library_of, load, relative_error  # noqa: E402
 from torch.nn.functional import silu  # noqa: E402
 
 CONTEXT = 300
@@ -171,4 +171,5 @@ def main(library: str, *names: str) -> None:
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    found, names = library_of(sys.argv[1:])
+    main(found, *names)
