@@ -34,6 +34,7 @@ setup(
         "tvm_sparse.checkpoint",
         "tvm_sparse.codegen",
         "tvm_sparse.engine",
+        "tvm_sparse.folding",
         "tvm_sparse.formats",
         "tvm_sparse.measure",
         "tvm_sparse.models",
