@@ -197,7 +197,7 @@ class Kernels:
     def __init__(self, function: tvm.tirx.PrimFunc, name: str, folder: Path) -> None:
         source = generated(function, name, folder)
         code = source[source.rindex(_PREAMBLE_ENDS) + len(_PREAMBLE_ENDS) :]
-        code = re.sub(r"extern __shared__ [^;]*?(\w+)\[\];", r"unsigned char* \1 = shared_memory;", code)
+        code = re.sub(r"extern __shared__ __align__\(\d+\) (\w+) (\w+)\[\];", r"\1* \2 = (\1*)shared_memory;", code)
         kernels = re.findall(r'^extern "C" __global__ void __launch_bounds__\(\d+\) (\w+)\(([^()]*)\) \{', code, re.M)
         self.parameters: dict[str, list[str]] = {}
         runners = []
