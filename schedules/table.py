@@ -47,9 +47,9 @@ class Decoder:
 
 
 DECODERS = {
-    "bitmap": Decoder("tvm_sparse.schedules.cuda.decode_bitmap", 16),
-    "2:4": Decoder("tvm_sparse.schedules.cuda.decode_two_four", 16),
-    "block": Decoder("tvm_sparse.schedules.cuda.decode_block", 16),
+    "bitmap": Decoder("tvm_sparse.schedules.cuda.decode_bitmap", 1),
+    "2:4": Decoder("tvm_sparse.schedules.cuda.decode_two_four", 1),
+    "block": Decoder("tvm_sparse.schedules.cuda.decode_block", 1),
 }
 """Formats that a GPU decodes into a dense matrix where there are many tokens (schedules/product.py)."""
 

@@ -68,13 +68,14 @@ def matrix(choice: FormatChoice, n: int, k: int) -> torch.Tensor:
     return weight.bfloat16()
 
 
-# choice, n, k, CTAs
+# choice, n, k, grid
 DECODED = {
-    "bitmap": (FORMATS["bitmap"].choice(), 21, 72, 3),
-    "bitmap-long": (FORMATS["bitmap"].choice(), 5, 1096, 1),
-    "2to4": (FORMATS["2:4"].choice(), 37, 72, 2),
-    "block": (FORMATS["block"].choice(4, 8), 21, 72, 6),
-    "block-odd": (FORMATS["block"].choice(3, 20), 21, 72, 7),
+    "bitmap": (FORMATS["bitmap"].choice(), 21, 72, (3, 1)),
+    "bitmap-long": (FORMATS["bitmap"].choice(), 5, 1096, (1, 1)),
+    "2to4": (FORMATS["2:4"].choice(), 37, 72, (2, 1)),
+    "block": (FORMATS["block"].choice(4, 8), 21, 72, (6, 1)),
+    "block-parts": (FORMATS["block"].choice(16, 16), 21, 1096, (2, 3)),
+    "block-odd": (FORMATS["block"].choice(3, 20), 21, 72, (7, 1)),
 }
 
 
@@ -86,6 +87,6 @@ def test_a_decoder_gives_back_every_bit(case, tmp_path):
     buffers = {name: tensor.contiguous() for name, tensor in pack(weight, choice).buffers.items()}
     sizes = {"nv": len(buffers.get("values", ())), "nb": len(buffers.get("blocks", ()))}
     decoded = torch.full((n + 1, k), -1, dtype=torch.int16)
-    kernels.run("decode_kernel", (ctas, 1), 256, {**buffers, **sizes, "w": decoded})
+    kernels.run("decode_kernel", ctas, 256, {**buffers, **sizes, "w": decoded})
     assert torch.equal(decoded[:n], (weight + 0.0).view(torch.int16))
     assert bool((decoded[n:] == -1).all())

@@ -1,11 +1,12 @@
-"""A bitmap back to a dense matrix, on a GPU: one warp a row, 8 columns a lane.
+"""A bitmap back to a dense matrix, on a GPU: one warp a row, 512 columns at a time.
 
-A lane reads the mask byte of its columns; how many values stand before its own is a sum over the lanes below. Mask
-bytes and results are contiguous over a warp, and values nearly so.
+A lane reads two bytes of the mask, 256 columns apart. How many values stand before a byte's first is a sum over the
+lanes below, both at once as halves of a word. Then lane l takes the bits of 4 columns, 128 neighbours a turn, so that a
+warp's loads of values stay within two cache lines and its stores are contiguous.
 
-    lane            0               1              ...
-    mask byte       0b00010010      0b10000001
-    values          1 4 | 8 15 | ...                    a lane's first value: row's + those of the lanes below
+    columns      0 .. 7        8 .. 15       ...        mask bytes b0, b1, ...
+    values       v v v         v v           ...        those of b1 begin popcount(b0) later
+    lanes        0     1       2     3                  half a byte each
 """
 
 from __future__ import annotations
@@ -17,20 +18,54 @@ from tvm_sparse.schedules.cuda.device_code import WARP, symbol
 from tvm_sparse.schedules.spec import KernelSpec
 
 _WARPS = 8  # rows a CTA
-_DEPTH = 2  # bytes of the mask a lane has in flight
 
-_SCAN = """
-__device__ __forceinline__ int tvms_scan(int count) {
-  // The sum over this lane and those below.
-  for (int step = 1; step < 32; step *= 2) {
-    int below = __shfl_up_sync(0xffffffffu, count, step);
-    if ((threadIdx.x & 31) >= step) count += below;
+_SOURCE = """
+#ifndef TVMS_DECODE_BITMAP
+#define TVMS_DECODE_BITMAP
+template <int K>
+__device__ __forceinline__ void tvms_decode_bitmap(const void* mask, const void* stored, void* row) {
+  constexpr int BYTES = K / 8;
+  const unsigned char* bytes = (const unsigned char*)mask;
+  const unsigned short* values = (const unsigned short*)stored;
+  uint2* columns = (uint2*)row;
+  const int lane = threadIdx.x & 31;
+  unsigned ahead[2];  // the masks of the next step, on their way
+  for (int d = 0; d < 2; ++d) ahead[d] = 32 * d + lane < BYTES ? bytes[32 * d + lane] : 0u;
+  for (int first = 0; first < BYTES; first += 64) {
+    unsigned byte[2] = {ahead[0], ahead[1]};
+#pragma unroll
+    for (int d = 0; d < 2; ++d) {
+      const int at = first + 64 + 32 * d + lane;
+      ahead[d] = at < BYTES ? bytes[at] : 0u;
+    }
+    const unsigned counts = __popc(byte[0]) | __popc(byte[1]) << 16;
+    unsigned upto = counts;
+#pragma unroll
+    for (int step = 1; step < 32; step *= 2) {
+      const unsigned below = __shfl_up_sync(0xffffffffu, upto, step);
+      if (lane >= step) upto += below;
+    }
+    const unsigned all = __shfl_sync(0xffffffffu, upto, 31), before = upto - counts + (all << 16);
+#pragma unroll
+    for (int turn = 0; turn < 4; ++turn) {
+      const int from = 16 * (turn & 1) + lane / 2;
+      unsigned bits = __shfl_sync(0xffffffffu, byte[turn / 2], from);
+      const unsigned places = __shfl_sync(0xffffffffu, before, from);
+      const unsigned short* v = values + (turn < 2 ? places & 0xffffu : places >> 16);
+      if (lane & 1) v += __popc(bits & 15u), bits >>= 4;
+      const int second = bits & 1, third = second + (bits >> 1 & 1), fourth = third + (bits >> 2 & 1);
+      unsigned low = 0, high = 0;
+      if (bits & 1) low = v[0];
+      if (bits & 2) low |= (unsigned)v[second] << 16;
+      if (bits & 4) high = v[third];
+      if (bits & 8) high |= (unsigned)v[fourth] << 16;
+      const int four = first * 2 + 32 * turn + lane;
+      if (four < 2 * BYTES) columns[four] = make_uint2(low, high);
+    }
+    values += (all & 0xffffu) + (all >> 16);
   }
-  return count;
 }
-"""
-_LAST = """
-__device__ __forceinline__ int tvms_last(int value) { return __shfl_sync(0xffffffffu, value, 31); }
+#endif
 """
 
 
@@ -40,11 +75,9 @@ def build(spec: KernelSpec) -> tvm.tirx.PrimFunc:
     words = -(-k // WARP)
     stored = symbol("nv")
 
-    def scan(count):
-        return T.cuda.func_call("tvms_scan", count, source_code=_SCAN, return_type="int32")
-
-    def last(value):
-        return T.cuda.func_call("tvms_last", value, source_code=_LAST, return_type="int32")
+    def decode(mask, values, w):
+        pointers = [T.address_of(element) for element in (mask, values, w)]
+        return T.evaluate(T.cuda.func_call(f"tvms_decode_bitmap<{k}>", *pointers, source_code=_SOURCE))
 
     @T.prim_func(s_tir=True)
     def decode_bitmap(
@@ -55,37 +88,8 @@ def build(spec: KernelSpec) -> tvm.tirx.PrimFunc:
     ):
         block = T.launch_thread("blockIdx.x", T.ceildiv(n, _WARPS))
         thread = T.launch_thread("threadIdx.x", _WARPS * WARP)
-        mask_bytes = T.decl_buffer((n, 4 * words), "uint8", data=mask.data)
-        bits_of = T.decl_buffer((stored,), "uint16", data=values.data)
-        pairs = T.decl_buffer((n, k // 2), "uint32", data=w.data)
-        lane: T.let[T.int32] = thread % WARP
         row: T.let[T.int32] = block * _WARPS + thread // WARP
-        bits = T.alloc_buffer((_DEPTH,), "int32", scope="local")
-        upto = T.alloc_buffer((_DEPTH,), "int32", scope="local")
-        at = T.alloc_buffer((2,), "int32", scope="local")  # the warp's next value, the lane's
-        pair = T.alloc_buffer((4,), "uint32", scope="local")
         if row < n:
-            at[0] = row_start[row]
-            for step in range(T.ceildiv(k, 8 * WARP * _DEPTH)):
-                for d in T.unroll(_DEPTH):
-                    bits[d] = 0
-                    if (step * _DEPTH + d) * WARP + lane < 4 * words:
-                        bits[d] = T.cast(mask_bytes[row, (step * _DEPTH + d) * WARP + lane], "int32")
-                for d in T.unroll(_DEPTH):
-                    upto[d] = scan(T.cast(T.popcount(T.cast(bits[d], "uint32")), "int32"))
-                for d in T.unroll(_DEPTH):
-                    at[1] = at[0] + upto[d] - T.cast(T.popcount(T.cast(bits[d], "uint32")), "int32")
-                    at[0] += last(upto[d])
-                    for i in T.unroll(4):
-                        pair[i] = T.uint32(0)
-                        if T.bitwise_and(T.shift_right(bits[d], 2 * i), 1) != 0:
-                            pair[i] = T.cast(bits_of[at[1]], "uint32")
-                            at[1] += 1
-                        if T.bitwise_and(T.shift_right(bits[d], 2 * i + 1), 1) != 0:
-                            pair[i] |= T.shift_left(T.cast(bits_of[at[1]], "uint32"), T.uint32(16))
-                            at[1] += 1
-                    if (step * _DEPTH + d) * WARP + lane < k // 8:
-                        for i in T.vectorized(4):
-                            pairs[row, ((step * _DEPTH + d) * WARP + lane) * 4 + i] = pair[i]
+            decode(mask[row, 0], values[row_start[row]], w[row, 0])
 
     return decode_bitmap
