@@ -19,6 +19,9 @@ DEV = ["pytest>=8", "hypothesis>=6.100", "ruff>=0.8", "mypy>=1.13", "pytest-xdis
 CUDA = ["nvidia-cuda-nvcc>=13,<14", "nvidia-cuda-runtime>=13,<14", "nvidia-cuda-cccl>=13,<14", "nvidia-nvvm>=13,<14",
         "nvidia-cuda-crt>=13,<14"]  # fmt: skip
 
+# No package, but where the records of an installation stand: schedules/records.py looks beside schedules/.
+TUNING_LOGS = "tvm_sparse.tuning_logs"
+
 setup(
     name="tvm_sparse",
     version=VERSION,
@@ -44,9 +47,10 @@ setup(
         "tvm_sparse.schedules.cpu",
         "tvm_sparse.schedules.cuda",
         "tvm_sparse.tune",
+        TUNING_LOGS,
     ],
-    package_dir={"tvm_sparse.passes": "passes", "tvm_sparse.schedules": "schedules"},
-    package_data={"tvm_sparse.codegen": ["*.c"]},
+    package_dir={"tvm_sparse.passes": "passes", "tvm_sparse.schedules": "schedules", TUNING_LOGS: "tuning_logs"},
+    package_data={"tvm_sparse.codegen": ["*.c"], TUNING_LOGS: ["*/database_*.json"]},
     install_requires=RUNTIME,
     extras_require={"build": BUILD, "tune": TUNE, "cuda": CUDA, "dev": [*BUILD, *TUNE, *DEV]},
 )

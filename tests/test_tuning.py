@@ -15,6 +15,7 @@ import tvm
 
 from tvm_sparse.errors import Refusal, Stopped
 from tvm_sparse.formats import FORMATS
+from tvm_sparse.library import schedule_origins
 from tvm_sparse.passes.apply_schedules import ApplySchedules
 from tvm_sparse.schedules.records import RECORDS, Log, Records
 from tvm_sparse.schedules.space import is_sketch, sketch
@@ -131,6 +132,10 @@ def test_a_b200_takes_what_an_h200_found(tmp_path):
     assert found.decisions == Log(tmp_path / h200.logs).trials(lent)[0].decisions
     assert found.origin == "transferred from nvidia-h200"
     assert Records(h200, tmp_path).find(lent).origin == "tuned on nvidia-h200"
+    records = Records(b200, tmp_path)
+    applied = ApplySchedules(records)(tvm.IRModule({"kernel": sketch(own)}))
+    said = schedule_origins(applied, records)[own.name]  # what the report says of it
+    assert said == f"transferred from nvidia-h200: {json.dumps({own.arch: found.decisions}, sort_keys=True)}"
     tune([own], Log(tmp_path / b200.logs), 1, Pretend(far))
     assert Records(b200, tmp_path).find(own).origin == "tuned on nvidia-b200"
 

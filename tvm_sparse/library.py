@@ -66,7 +66,7 @@ def compile_library(
     mod = import_model(config, layout, plan, dtype, batch, device)
     mod = lower(mod, layout, plan, arch, records)
     params = _params(mod)
-    schedules = _schedules(mod, records)
+    schedules = schedule_origins(mod, records)
     mod = tvm.transform.Sequential([BundleParameters()])(mod)
     meter = WorkspaceMeter()
     images: dict[str, list[str]] = {}
@@ -134,7 +134,7 @@ def _params(mod: tvm.IRModule) -> tuple[str, ...]:
     return orders.pop()
 
 
-def _schedules(mod: tvm.IRModule, records: Records) -> dict[str, str]:
+def schedule_origins(mod: tvm.IRModule, records: Records) -> dict[str, str]:
     """Kernel -> where its schedule comes from, with the decisions of records by architecture."""
     found = {}
     for function in mod.functions.values():
