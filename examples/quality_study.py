@@ -20,6 +20,7 @@ import tempfile
 import time
 from collections.abc import Iterator
 from contextlib import redirect_stderr
+from math import ceil, floor, log10
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +28,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # also where tvm_sparse is not installed
 
+from tvm_sparse.measure.svg import Frame, line, plot
 from tvm_sparse.prune import prune
 from tvm_sparse.pruning.distillation import load
 from tvm_sparse.pruning.request import parse_prune
@@ -58,6 +60,11 @@ SIDE = {
     },
 }  # fmt: skip
 WINDOW, BATCH, TOKENS = 512, 16, 60_000
+# One token of Qwen3.5-27B at these sparsities, batch 1, position 0, on an NVIDIA H200: README.md, "Measured". Update
+# here and print the table anew; what is not measured is left out.
+MILLISECONDS = {"dense": "12.98", "50": "8.78", "75": "5.77", "90": "3.95"}
+COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000", "#999933", "#882255", "#44aa99",
+           "#aa4499", "#661100")  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------
@@ -161,6 +168,66 @@ def save(results: dict[str, Any], key: str, found: dict[str, Any], path: Path) -
           f"{found['same_top']:.2%}  {found.get('prune_seconds', 0):5.1f} s", flush=True)  # fmt: skip
 
 
+# ---------------------------------------------------------------------------------------------
+# Table and plot
+
+
+def table(options: argparse.Namespace) -> None:
+    """Prints perplexity, divergence and agreement by method and level; draws the perplexities."""
+    results = {key: found for path in options.results for key, found in json.loads(path.read_text()).items()}
+    methods = [name for name in METHODS if any(f"{name} @ {level}" in results for level in LEVELS)]
+    for title, field, text in (
+        ("perplexity", "perplexity", "{:.2f}"),
+        ("KL divergence", "divergence", "{:.3f}"),
+        ("same likeliest token", "same_top", "{:.1%}"),
+    ):
+        print(f"\n| {title} | " + " | ".join(map(shown, LEVELS)) + " |")
+        print("|---|" + "---|" * len(LEVELS))
+        print(f"| dense, {text.format(results['dense @ 0'][field])} |" + " |" * len(LEVELS))
+        for name in methods:
+            cells = [results.get(f"{name} @ {level}") for level in LEVELS]
+            print(f"| {name} | " + " | ".join(text.format(cell[field]) if cell else "" for cell in cells) + " |")
+        if field == "perplexity":
+            print(f"| *27B, ms a token; dense {MILLISECONDS['dense']}* | ", end="")
+            print(" | ".join(MILLISECONDS.get(level, "") for level in LEVELS) + " |")
+    print("\n| one thing changed | perplexity | KL divergence |\n|---|---|---|")
+    for key, found in results.items():
+        if key.split(" @ ")[0] in SIDE:
+            print(f"| {key.replace(' @ ', ' at ')} % | {found['perplexity']:.2f} | {found['divergence']:.3f} |")
+    if options.plot:
+        options.plot.write_text(drawing(results, methods) + "\n", encoding="utf-8")
+
+
+def shown(level: str) -> str:
+    return level if ":" in level else f"{level} %"
+
+
+def drawing(results: dict[str, Any], methods: list[str]) -> str:
+    """Perplexity (logarithmic) by sparsity, one line a method, as a file of its own."""
+    shares = [level for level in LEVELS if level != "2:4"]
+    lines = {
+        name: [(float(level), log10(results[f"{name} @ {level}"]["perplexity"]))
+               for level in shares if f"{name} @ {level}" in results]
+        for name in methods
+    }  # fmt: skip
+    dense = log10(results["dense @ 0"]["perplexity"])
+    top = max(y for points in lines.values() for _, y in points)
+    frame = Frame((50, 90), (floor(dense * 4) / 4, ceil(top * 4) / 4), width=640, height=360, right=150)
+    marks = [line(frame, [(50, dense), (90, dense)], "#888", "dense", dashed=True)]
+    last = float("inf")
+    for (name, points), colour in zip(sorted(lines.items(), key=lambda item: item[1][-1][1]), COLOURS, strict=False):
+        marks.append(line(frame, points, colour, name, dashed="owl" in name))
+        x, y = frame.at(*points[-1])
+        last = min(y + 3, last - 11)
+        marks.append(f'<text class="tick" x="{x + 6:.0f}" y="{last:.0f}" fill="{colour}">{name}</text>')
+    drawn = plot(frame, marks, "sparsity", "perplexity", (8, 6), "{:.0f} %".format, lambda y: f"{10**y:.0f}")
+    style = (
+        "<style>text{font:10px sans-serif}.tick:not([fill]),.label{fill:#555}.grid{stroke:#ddd}"
+        ".line{fill:none;stroke-width:1.6}</style><rect width='100%' height='100%' fill='#fff'/>"
+    )
+    return drawn.replace("<svg ", '<svg xmlns="http://www.w3.org/2000/svg" ', 1).replace(">", ">" + style, 1)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     commands = parser.add_subparsers(required=True)
@@ -172,6 +239,10 @@ def main() -> None:
     command.add_argument("--only", default="", metavar="REGEX", help="of keys, METHOD @ LEVEL")
     command.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     command.add_argument("--seconds", type=float, default=1e9, help="begin no case after so long")
+    command = commands.add_parser("table", help="Markdown of results, and a plot")
+    command.set_defaults(run=table)
+    command.add_argument("results", type=Path, nargs="+")
+    command.add_argument("--plot", type=Path, help="an SVG file to write")
     options = parser.parse_args()
     options.run(options)
 

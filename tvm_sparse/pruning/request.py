@@ -94,7 +94,7 @@ def parse_prune(argv: Sequence[str]) -> PruneRequest:
         "steps (500), or so long (90s, 10m, 2h)")  # fmt: skip
     add("--finetune-text", metavar="TEXT", help="text to train on (default: --text)")
     add("--finetune-batch", type=int, default=16, help="sequences of --length tokens in a step")
-    add("--finetune-rate", type=float, default=5e-4, help="highest learning rate")
+    add("--finetune-rate", type=float, default=1e-3, help="highest learning rate")
     add("--finetune-hidden", type=float, default=0.0, metavar="WEIGHT", help="of hidden states in the loss")
     add("--teacher", help="the dense model to learn from (default: --model, before it is pruned)")
     add("--device", default="cpu", help="cpu, cuda or cuda:N")
