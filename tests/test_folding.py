@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from math import prod
 from pathlib import Path
@@ -344,3 +345,28 @@ def test_a_layer_with_few_weights_stays_in_a_large_cache():
     page = "\n".join(fold_lines({"executed": 64, "layers": 50, "schedule": "0-8,8", "asked": {"weights": "first"},
                                  "residence": [deltanet, attention]}))  # fmt: skip
     assert "| DeltaNet 8 | 12 |" in page and "| 8 of 11 |" in page and "does not fit" in page and fold_lines({}) == []
+
+
+@pytest.mark.slow
+def test_equal_layers_fold_to_the_same_bits_in_half_the_bytes(tmp_path):
+    """`build --fold auto` on layers saved apart: prefill, decode and score as of the model that was not folded."""
+    model = random_model(num_hidden_layers=4, full_attention_interval=2, vocab_size=2048)
+    for first in (0, 1):
+        model.model.layers[first + 2].load_state_dict(model.model.layers[first].state_dict())
+    save(model, tmp_path / "model")
+    argv = ["--model", str(tmp_path / "model"), "--sparsity", "0.5", "--target", "cpu"]
+    build(parse_build([*argv, "--out", str(tmp_path / "whole")]))
+    build(parse_build([*argv, "--fold", "auto", "--out", str(tmp_path / "folded")]))
+    whole, folded = (Engine(tmp_path / name, verify=True) for name in ("whole", "folded"))
+    ids = np.random.default_rng(0).integers(0, 2048, 70).tolist()
+    for engine in (whole, folded):
+        engine.results = [engine.prefill(ids), engine.decode(5), engine.decode(6)]
+        engine.reset()
+        engine.results.append(engine.score(ids))
+    assert all(np.array_equal(*pair) for pair in zip(whole.results, folded.results, strict=True))
+
+    reports = [json.loads((tmp_path / name / "report.json").read_text()) for name in ("whole", "folded")]
+    layers = [sum(row["bytes"] for row in report["matrices"] if "layers." in row["param"]) for report in reports]
+    assert layers[0] == 2 * layers[1] and reports[0]["bytes"] - reports[1]["bytes"] == layers[1]
+    assert reports[1]["fold"]["schedule"] == "0-1,0-1" and reports[0]["fold"] == {}
+    assert "- DeltaNet layers 0,2 run with the weights of layer 0" in (tmp_path / "folded" / "report.md").read_text()
