@@ -21,11 +21,8 @@ def draw(rows: Sequence[Row]) -> str:
     top = max(10.0, *(float(row["ratio"]) for row in rows)) * 1.05  # type: ignore[arg-type]
     frame = Frame((0.0, 1.0), (0.0, top), width=560, height=360, right=96)
     ideal = [(s / 100, 1 / (1 - s / 100)) for s in range(91) if 1 / (1 - s / 100) <= top]
-    marks = [
-        line(frame, ideal, _GREY, "1 / (1 - sparsity)", dashed=True),
-        _name(frame, ideal[-1], "1 / (1 - s)", _GREY),
-        line(frame, [(0, 1), (1, 1)], _GREY, "dense"),
-    ]
+    marks = [line(frame, ideal, _GREY, "1 / (1 - sparsity)", dashed=True), line(frame, [(0, 1), (1, 1)], _GREY, "dense")]
+    names = [(*frame.at(*ideal[-1]), "1 / (1 - s)", _GREY)]
     lines = {(row["batch"], row.get("threads", "")) for row in rows}
     for colour, key in zip(_COLOURS * 9, sorted(lines, key=str), strict=False):
         points: dict[float, list[float]] = {}
@@ -35,7 +32,9 @@ def draw(rows: Sequence[Row]) -> str:
         mean = [(s, exp(fmean(map(log, ratios)))) for s, ratios in sorted(points.items())]
         name = f"batch {key[0]}" + (f", {key[1]} threads" if key[1] else "")
         marks += [_dot(frame, s, ratio, colour) for s, ratios in points.items() for ratio in ratios]
-        marks += [line(frame, mean, colour, name), _name(frame, mean[-1], name, colour)]
+        marks.append(line(frame, mean, colour, name))
+        names.append((*frame.at(*mean[-1]), name, colour))
+    marks += _apart(names)
     labels = "share of zeros", "times the fastest dense"
     text = plot(frame, marks, *labels, x_text="{:.0%}".format, y_text="{:.1f}".format)
     head, _, rest = text.partition(">")
@@ -48,6 +47,10 @@ def _dot(frame: Frame, x: float, y: float, colour: str) -> str:
     return f'<circle cx="{across:.1f}" cy="{up:.1f}" r="2" fill="{colour}" fill-opacity="0.5"/>'
 
 
-def _name(frame: Frame, point: tuple[float, float], name: str, colour: str) -> str:
-    x, y = frame.at(*point)
-    return f'<text class="name" x="{x + 5:.1f}" y="{y + 4:.1f}" style="fill: {colour}">{name}</text>'
+def _apart(names: Sequence[tuple[float, float, str, str]]) -> list[str]:
+    """The lines' names beside their ends (x, y in pixels, name, colour), moved down where two would overlap."""
+    placed, lowest = [], 0.0
+    for x, y, name, colour in sorted(names, key=lambda entry: entry[1]):
+        lowest = max(y, lowest + 13)
+        placed.append(f'<text class="name" x="{x + 5:.1f}" y="{lowest + 4:.1f}" style="fill: {colour}">{name}</text>')
+    return placed
