@@ -21,7 +21,8 @@ def draw(rows: Sequence[Row]) -> str:
     top = max(10.0, *(float(row["ratio"]) for row in rows)) * 1.05  # type: ignore[arg-type]
     frame = Frame((0.0, 1.0), (0.0, top), width=560, height=360, right=96)
     ideal = [(s / 100, 1 / (1 - s / 100)) for s in range(91) if 1 / (1 - s / 100) <= top]
-    marks = [line(frame, ideal, _GREY, "1 / (1 - sparsity)", dashed=True), line(frame, [(0, 1), (1, 1)], _GREY, "dense")]
+    marks = [line(frame, ideal, _GREY, "1 / (1 - sparsity)", dashed=True)]
+    marks.append(line(frame, [(0, 1), (1, 1)], _GREY, "dense"))
     names = [(*frame.at(*ideal[-1]), "1 / (1 - s)", _GREY)]
     lines = {(row["batch"], row.get("threads", "")) for row in rows}
     for colour, key in zip(_COLOURS * 9, sorted(lines, key=str), strict=False):
