@@ -28,7 +28,7 @@ from tvm_sparse.passes.annotate_sparsity import FORMATS_ATTR, annotated_formats
 from tvm_sparse.passes.linear import Linear, match_linear, relax_functions
 from tvm_sparse.schedules.product import Product, dense_spec, product, write_products
 from tvm_sparse.schedules.space import sketch
-from tvm_sparse.schedules.spec import KernelSpec
+from tvm_sparse.schedules.spec import KERNEL_DTYPES, KernelSpec
 from tvm_sparse.schedules.table import decoder
 
 
@@ -36,8 +36,9 @@ from tvm_sparse.schedules.table import decoder
 class LowerSparseMatmul:
     """`arch` is a KernelSpec's: "x86-64", "sm_90a" or "sm_100a".
 
-    Handles any float x of two or more dimensions and any out_dtype the kernels know (bfloat16, float32). Raises
-    Refusal where a parameter that is to be packed has another use than as a weight of linear layers.
+    Handles any x of two or more dimensions in the dtypes that kernels know, bfloat16 and float32, as is the result's.
+    Raises Refusal for any other dtype, and where a parameter that is to be packed has another use than as a weight of
+    linear layers.
     """
 
     def __init__(self, arch: str):
@@ -94,6 +95,10 @@ class _Lowering(relax.PyExprMutator):
         tokens = x.ty.shape[0]
         m = int(tokens) if isinstance(tokens, tvm.tirx.IntImm) else None
         choice = self.formats[linear.weight.name]
+        for dtype in (str(x.ty.dtype), linear.out_dtype):
+            if dtype not in KERNEL_DTYPES:
+                known = " and ".join(KERNEL_DTYPES)
+                raise Refusal(f"{linear.weight.name}: a linear layer in {dtype}, kernels take {known}")
         spec = KernelSpec(choice, n, k, m, str(x.ty.dtype), linear.out_dtype, self.arch)
         arguments = relax.Tuple([x, *self.buffers[linear.weight.name]])
         out_ty = relax.TensorType((tokens, n), linear.out_dtype)

@@ -7,6 +7,7 @@ from math import prod
 import tvm
 import tvm_ffi
 
+from tvm_sparse.schedules.product import read_products
 from tvm_sparse.schedules.space import is_sketch
 
 
@@ -19,8 +20,9 @@ class UnfinishedKernel(RuntimeError):
 class VerifySchedules:
     """Checks that every sketch has become a kernel and that every hand-written function is marked as scheduled.
 
-    Functions with GPU threads are held to `max_threads` in a block and `max_shared` bytes of shared memory. Raises
-    UnfinishedKernel, with the names.
+    Functions with GPU threads are held to `max_threads` in a block and `max_shared` bytes of shared memory; the
+    kernels that products call must be there, under the names their host code will look for. Raises UnfinishedKernel,
+    with the names.
     """
 
     def __init__(self, max_threads: int = 1024, max_shared: int = 227 << 10):
@@ -31,6 +33,7 @@ class VerifySchedules:
         for gvar, function in mod.functions_items():
             if isinstance(function, tvm.tirx.PrimFunc) and (fault := self._fault(function)):
                 faults.append(f"{gvar.name_hint} {fault}")
+        faults += _missing_kernels(mod)
         if faults:
             raise UnfinishedKernel("; ".join(faults))
         return mod
@@ -48,6 +51,16 @@ class VerifySchedules:
         if shared > self.max_shared:
             return f"takes {shared} bytes of shared memory in a block, more than {self.max_shared}"
         return ""
+
+
+def _missing_kernels(mod: tvm.IRModule) -> list[str]:
+    symbols = {str(f.attrs["global_symbol"]) for f in mod.functions.values() if "global_symbol" in (f.attrs or {})}
+    return [
+        f"{product.symbol} calls {name}, which is not in the module"
+        for product in read_products(mod)
+        for name in (product.few, product.decode, product.dense)
+        if name and name not in symbols
+    ]
 
 
 def threads_per_block(function: tvm.tirx.PrimFunc) -> int:

@@ -10,6 +10,9 @@ from tvm_sparse.formats.base import FormatChoice
 CPU_ISAS = ("avx512", "avx2", "x86-64")
 """The CPU code paths of one library, best first; "x86-64" runs everywhere and is what a spec names by default."""
 
+KERNEL_DTYPES = {"bfloat16": "bf16", "float32": "f32"}
+"""What x and y may be, and how kernels' names spell it."""
+
 
 @dataclass(frozen=True)
 class KernelSpec:
@@ -36,8 +39,7 @@ class KernelSpec:
         """A symbol name that tells kernels of one library apart (the arch is not part of it)."""
         options = "".join(f"_{key}{value}" for key, value in self.choice.options)
         tokens = "n" if self.m is None else str(self.m)
-        short = {"bfloat16": "bf16", "float32": "f32"}
-        types = f"{short[self.x_dtype]}_{short[self.out_dtype]}"
+        types = f"{KERNEL_DTYPES[self.x_dtype]}_{KERNEL_DTYPES[self.out_dtype]}"
         return f"matmul_{self.choice.name.replace(':', 'to')}{options}_{self.n}x{self.k}_m{tokens}_{types}"
 
     def to_json(self) -> str:
