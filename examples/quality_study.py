@@ -47,6 +47,7 @@ METHODS = {
     "admm, follow, owl": "--prune admm --follow 0.5 --allocation owl",
     "magnitude, tuned": "--prune magnitude --finetune 300",
     "admm, follow, tuned": "--prune admm --follow 0.5 --finetune 300",
+    "admm, follow, tuned by layer": "--prune admm --follow 0.5 --finetune 100 --finetune-by layer",
 }
 CALIBRATE = "--samples 512 --length 512 --seed 0"
 TUNE = "--finetune-batch 64 --finetune-rate 1e-3"
@@ -54,9 +55,13 @@ TUNE = "--finetune-batch 64 --finetune-rate 1e-3"
 SIDE = {
     **{f"sparsegpt, {n} samples": f"--prune sparsegpt --samples {n}" for n in (16, 64)},
     **{
-        f"tuned, rate {rate:g}, hidden {hidden:g}":
+        f"tuned, rate {rate}, hidden {hidden}":
         f"--prune magnitude --finetune 150 --finetune-rate {rate} --finetune-hidden {hidden}"
-        for rate, hidden in ((3e-4, 0), (1e-3, 0), (2e-3, 0), (4e-3, 0), (1e-3, 1), (2e-3, 1))
+        for rate, hidden in (("1e-3", 0), ("2e-3", 0), ("4e-3", 0), ("2e-3", 1))
+    },
+    **{
+        f"tuned by layer, rate {rate}": f"--prune magnitude --finetune-by layer --finetune 100 --finetune-rate {rate}"
+        for rate in ("1e-3", "3e-3")
     },
 }  # fmt: skip
 WINDOW, BATCH, TOKENS = 512, 16, 60_000

@@ -74,8 +74,8 @@ def test_an_interrupted_run_ends_with_the_same_bytes(model, tmp_path, monkeypatc
 
     def stopped(self):
         step(self)
-        steps.append(self.steps)
-        if self.steps != 3:
+        steps.append(self.teaching.steps)
+        if self.teaching.steps != 3:
             return
         if how == "killed":  # after a save, in the next step
             self.save()
@@ -103,11 +103,46 @@ def test_an_interrupted_run_ends_with_the_same_bytes(model, tmp_path, monkeypatc
     monkeypatch.undo()
 
     began = []
-    monkeypatch.setattr(finetune._Run, "step", lambda self: (began.append(self.steps), step(self)))
+    monkeypatch.setattr(finetune._Run, "step", lambda self: (began.append(self.teaching.steps), step(self)))
     run(model, out, *argv)
     assert began[0] >= 3
     torch.testing.assert_close(state_of(out), state_of(tmp_path / "whole"), rtol=0, atol=0)
     assert not (tmp_path / "out.partial").exists()
+
+
+def test_layer_by_layer_too(model, tmp_path, monkeypatch):  # noqa: F811
+    """Every layer nearer to the dense one; interrupted between layers and while writing, the same bytes."""
+    argv = ["--sparsity", "0.6", "--prune", "magnitude", *TUNE, "--samples", "6", "--finetune-by", "layer"]
+    run(model, tmp_path / "plain", *argv[:4])
+    facts = run(model, tmp_path / "whole", *argv)["finetune"]
+    assert [layer["steps"] for layer in facts["layers"].values()] == [20] * 4 and facts["samples"] == 6
+    assert all(layer["after"] < 0.9 * layer["before"] for layer in facts["layers"].values()), facts
+    before, after = state_of(tmp_path / "plain"), state_of(tmp_path / "whole")
+    assert all(((after[name] == 0) >= (before[name] == 0)).all() for name in before)
+    touched = {
+        name for name in before if not torch.equal(before[name].view(torch.uint8), after[name].view(torch.uint8))
+    }
+    assert len(touched) == 3 * 8 + 7
+
+    write = rewrite.CheckpointCopy._append
+
+    def full(self, line):
+        if "layers.2.mlp.up_proj.weight" in line.get("matrices", {}) and self.state.is_file():
+            raise OSError(errno.ENOSPC, "No space left on device")
+        write(self, line)
+
+    monkeypatch.setattr(rewrite.CheckpointCopy, "_append", full)
+    with pytest.raises(Stopped, match="disk is full"):
+        run(model, tmp_path / "out", *argv)
+    monkeypatch.undo()
+    tuned = []
+    step = finetune.Teaching.step
+    monkeypatch.setattr(
+        finetune.Teaching, "step", lambda self, loss: tuned.append(min(self.weights)) or step(self, loss)
+    )
+    run(model, tmp_path / "out", *argv)
+    assert {name.split(".")[1] for name in tuned} == {"3"}  # layer 2 had been saved
+    torch.testing.assert_close(state_of(tmp_path / "out"), after, rtol=0, atol=0)
 
 
 def test_a_time_as_budget_and_interruption_while_writing(model, tmp_path, monkeypatch):  # noqa: F811
@@ -144,6 +179,10 @@ def test_a_time_as_budget_and_interruption_while_writing(model, tmp_path, monkey
         (["--prune", "magnitude", "--sparsity", "0.5", *TUNE, "--finetune-batch", "0"], "at least 1"),
         (["--prune", "magnitude", "--sparsity", "0.5", *TUNE, "--finetune-rate", "0"], "--finetune-rate"),
         (["--prune", "magnitude", "--sparsity", "0.5", *TUNE, "--length", "4096"], "2048 positions"),
+        (
+            ["--prune", "magnitude", "--sparsity", "0.5", *TUNE, "--finetune-by", "layer", "--samples", "99999"],
+            "--samples",
+        ),
         (["--prune", "magnitude", "--sparsity", "0.5", *TUNE, "--finetune-text", "none.txt"], "none.txt"),
         (["--prune", "magnitude", "--sparsity", "0.5", *TUNE, "--include", "lm_head"], "lm_head.weight is in no layer"),
     ],

@@ -24,6 +24,7 @@ from tvm_sparse.pruning.allocation import by_layer, layer_sparsities, uniform
 from tvm_sparse.pruning.by_magnitude import prune_globally, prune_matrices
 from tvm_sparse.pruning.calibration import Calibration, all_windows, calibration
 from tvm_sparse.pruning.finetune import check_memory, finetune, room_for_state
+from tvm_sparse.pruning.finetune_layers import finetune_layers
 from tvm_sparse.pruning.request import PruneRequest, needs_text, parse_prune
 from tvm_sparse.pruning.rewrite import SUMMARY, CheckpointCopy
 from tvm_sparse.pruning.structured import round_half_up
@@ -51,15 +52,12 @@ def prune(request: PruneRequest) -> dict[str, Any]:
     if request.text is not None and needs_text(request.method, request.allocation):
         text = calibration(request.text, model.folder, model.config, request.samples, request.length, request.seed)
     teacher = _teacher(request, model, tuple(names))
-    lessons = None
-    if how := request.finetune:
-        flag = "--text" if how.text == request.text else "--finetune-text"
-        lessons = all_windows(flag, how.text, model.folder, model.config, how.length, how.seed)
+    how, lessons = request.finetune, _lessons(request, model)
     fingerprint = _fingerprint(request, model, text, teacher, lessons)
     if (request.out / SUMMARY).is_file() and read_json(request.out / SUMMARY).get("fingerprint") == fingerprint:
         return read_json(request.out / SUMMARY)
 
-    room = room_for_state(model, names) if how else 0
+    room = room_for_state(model, names) if how and how.by == "model" else 0
     with CheckpointCopy(model, request.out, fingerprint, room) as copy:
         for name in copy.left_behind:
             print(f"  left out: {name}, the model as it was in another file", file=sys.stderr)
@@ -67,7 +65,8 @@ def prune(request: PruneRequest) -> dict[str, Any]:
             if request.method != "none" and any(name not in copy.done for name in names):
                 _prune(request, copy, text, _zeros(request, copy, text, shapes))
             if how and lessons and teacher and "finetune" not in copy.notes:
-                copy.note("finetune", finetune(copy, teacher, names, lessons.ids, how, request.device))
+                tune = finetune if how.by == "model" else finetune_layers
+                copy.note("finetune", tune(copy, teacher, names, lessons.ids, how, request.device))
         except torch.OutOfMemoryError as error:
             raise Stopped(f"{request.device} has too little free memory: make room there and run the same "
                           "command again, or pass --device cpu") from error  # fmt: skip
@@ -102,8 +101,20 @@ def _teacher(request: PruneRequest, model: FolderCheckpoint, names: tuple[str, .
     if sizes[0] != sizes[1]:
         raise Refusal(f"--teacher {request.finetune.teacher} has other sizes (vocabulary, hidden, layers) "
                       f"{sizes[1]} than the model's {sizes[0]}: give the dense model it was pruned from")  # fmt: skip
-    check_memory(model, teacher, names, request.device)
+    if request.finetune.by == "model":
+        check_memory(model, teacher, names, request.device)
     return teacher
+
+
+def _lessons(request: PruneRequest, model: FolderCheckpoint) -> Calibration | None:
+    """What is learned from: all of a text, or as many sequences as a calibration has."""
+    how = request.finetune
+    if how is None:
+        return None
+    if how.by == "layer":
+        return calibration(how.text, model.folder, model.config, request.samples, how.length, how.seed)
+    flag = "--text" if how.text == request.text else "--finetune-text"
+    return all_windows(flag, how.text, model.folder, model.config, how.length, how.seed)
 
 
 def _check(request: PruneRequest, shapes: Mapping[str, tuple[int, ...]]) -> None:

@@ -74,8 +74,12 @@ class Decoder:
 
     def forward(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
         """A layer's outputs for x [samples, length, hidden], each sequence from position 0, on the device."""
+        with torch.inference_mode():
+            return self.apply(layer, x)
+
+    def apply(self, layer: nn.Module, x: torch.Tensor) -> torch.Tensor:
+        """`forward`, for a gradient."""
         x = x.to(self.device)
         positions = torch.arange(x.shape[1], device=self.device).expand(3, 1, -1)
-        with torch.inference_mode():
-            y: torch.Tensor = layer(x, position_embeddings=self._rotary(x, positions))
+        y: torch.Tensor = layer(x, position_embeddings=self._rotary(x, positions))
         return y

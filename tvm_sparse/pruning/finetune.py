@@ -18,7 +18,7 @@ import signal
 import sys
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from math import prod
@@ -54,9 +54,11 @@ class Budget:
 
 @dataclass(frozen=True)
 class Finetune:
-    """How to fine-tune: `batch` sequences of `length` tokens a step, AdamW's highest `rate`, the weight of `hidden`."""
+    """How to fine-tune: by "model" or "layer", `batch` sequences of `length` tokens a step, AdamW's highest `rate`, the
+    weight of `hidden` states in the loss."""
 
     budget: Budget
+    by: str
     text: str
     batch: int
     length: int
@@ -69,17 +71,114 @@ class Finetune:
         return asdict(self)
 
 
+class Teaching:
+    """AdamW on matrices whose zeros stay zero: one loss after the other, until the budget is spent.
+
+    `windows` is how many there are to learn from, `part` the share of a budget in time.
+    """
+
+    def __init__(self, weights: Mapping[str, torch.Tensor], how: Finetune, windows: int, part: float = 1.0) -> None:
+        self.weights = dict(weights)
+        self.steps, self.seconds = 0, 0.0
+        self._how, self._count = how, windows
+        self._part = part
+        for weight in self.weights.values():
+            kept = weight != 0
+            weight.requires_grad_(True)
+            weight.register_post_accumulate_grad_hook(_masked(kept))
+        self._optimizer = torch.optim.AdamW(self.weights.values(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
+        self._order: tuple[int, list[int]] = (-1, [])
+
+    @property
+    def spent(self) -> float:
+        """The share of the budget, in [0, 1]."""
+        return self._how.budget.share(self.steps, self.seconds / self._part)
+
+    def batch(self) -> list[int]:
+        """The windows of this step: every epoch goes through all of them, in its own order."""
+        chosen = []
+        for at in range(self.steps * self._how.batch, (self.steps + 1) * self._how.batch):
+            epoch = at // self._count
+            if self._order[0] != epoch:
+                order = list(range(self._count))
+                random.Random(f"{self._how.seed} {epoch}").shuffle(order)
+                self._order = epoch, order
+            chosen.append(self._order[1][at % self._count])
+        return chosen
+
+    def step(self, loss: Callable[[list[int]], torch.Tensor]) -> float:
+        """One step on this step's windows, some at a time; `loss` is the mean over those it is given. Returns the mean.
+
+        Raises Refusal where it is not finite.
+        """
+        began, before = time.monotonic(), self.spent
+        warm = max(before, 1 / (self._how.budget.steps or 1000)) / _WARM_UP
+        self._optimizer.param_groups[0]["lr"] = self._how.rate * min(warm, (1 - before) / (1 - _WARM_UP), 1.0)
+        chosen, total = self.batch(), 0.0
+        together = max(1, _TOKENS // self._how.length)
+        for start in range(0, len(chosen), together):
+            part = chosen[start : start + together]
+            found = loss(part) * (len(part) / len(chosen))
+            found.backward()
+            total += float(found.detach())
+        if not total < float("inf"):
+            raise Refusal(f"fine-tuning left the numbers at step {self.steps} (loss {total}): pass a lower "
+                          f"--finetune-rate than {self._how.rate:g}")  # fmt: skip
+        torch.nn.utils.clip_grad_norm_(self.weights.values(), 1.0)
+        self._optimizer.step()
+        self._optimizer.zero_grad(set_to_none=True)
+        self.steps += 1
+        self.seconds += time.monotonic() - began
+        return total
+
+    def tensors(self) -> dict[str, torch.Tensor]:
+        """Weights and moments, by name."""
+        found = {name: weight.detach() for name, weight in self.weights.items()}
+        for name, weight in self.weights.items():
+            found |= {f"{name}.{moment}": self._optimizer.state[weight][moment] for moment in _MOMENTS}
+        return found
+
+    def restore(self, tensor: Callable[[str], torch.Tensor], steps: int, seconds: float) -> None:
+        """Takes over what `tensors` gave after so many steps."""
+        self.steps, self.seconds = steps, seconds
+        for name, weight in self.weights.items():
+            weight.data.copy_(tensor(name))
+            state: dict[str, torch.Tensor] = {moment: tensor(f"{name}.{moment}") for moment in _MOMENTS}
+            self._optimizer.state[weight] = {"step": torch.tensor(float(steps)), **state}
+
+
+def new_matrices(
+    copy: CheckpointCopy, weights: Mapping[str, torch.Tensor]
+) -> tuple[dict[str, list[torch.Tensor]], dict[str, dict[str, Any]]]:
+    """Fine-tuned matrices as the files will hold them, with their facts, for CheckpointCopy.write.
+
+    What is zero in the files is checked to have stayed so.
+    """
+    stored = copy.pruned()
+    new, facts = {}, {}
+    for name, weight in weights.items():
+        found = copy.rounded(name, weight.detach()) + 0.0
+        if not bool(found.isfinite().all()):
+            raise Refusal(f"fine-tuning left the numbers in {name}: pass a lower --finetune-rate")
+        if bool((found[stored.tensor(name) == 0] != 0).any()):
+            raise AssertionError(f"{name}: fine-tuning moved a zero")
+        new[name] = [found]
+        facts[name] = copy.done.get(name, {}) | {"shape": list(found.shape), "zeros": int((found == 0).sum())}
+        facts[name].pop("error", None)  # of the outputs, before they were tuned
+    return new, facts
+
+
 def finetune(
     copy: CheckpointCopy, teacher: FolderCheckpoint, names: tuple[str, ...], windows: torch.Tensor, how: Finetune,
     device: str,
 ) -> dict[str, Any]:  # fmt: skip
     """Fine-tunes the matrices `names` of a copy in its folder on `windows` [count, length] of ids; returns the facts.
 
-    Raises Refusal where the device is too small or the loss is not finite any more.
+    Raises Refusal where the loss is not finite any more.
     """
     run = _Run(copy, teacher, names, windows, how, torch.device(device))
     with _interruptible() as interrupted:
-        while run.spent < 1.0:
+        while run.teaching.spent < 1.0:
             run.step()
             if interrupted():
                 run.save()
@@ -91,6 +190,8 @@ def finetune(
 
 
 class _Run:
+    """Fine-tuning of a whole model at a time."""
+
     def __init__(
         self, copy: CheckpointCopy, teacher: FolderCheckpoint, names: tuple[str, ...], windows: torch.Tensor,
         how: Finetune, device: torch.device,
@@ -103,100 +204,48 @@ class _Run:
         self._student = load(copy.folder, device).train()
         if sum(p.numel() for p in self._student.parameters()) > _CHECKPOINTED:
             self._student.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
-        self._weights = {name: self._student.get_parameter(f"model.{name}") for name in names}
-        for weight in self._weights.values():
-            kept = weight != 0
-            weight.requires_grad_(True)
-            weight.register_post_accumulate_grad_hook(_masked(kept))
-        self._optimizer = torch.optim.AdamW(self._weights.values(), lr=0.0, betas=(0.9, 0.95), weight_decay=0.0)
-        self.steps, self.seconds = 0, 0.0
+        weights = {name: self._student.get_parameter(f"model.{name}") for name in names}
+        self.teaching = Teaching(weights, how, len(self._windows))
         self.facts: dict[str, Any] = {}
-        self._order: tuple[int, list[int]] = (-1, [])
         self.saved = time.monotonic()
         if copy.state.is_file():
             self._restore()
         else:
             self.facts["divergence_before"] = self._check()
 
-    @property
-    def spent(self) -> float:
-        return self._how.budget.share(self.steps, self.seconds)
-
     def step(self) -> None:
-        began, before = time.monotonic(), self.spent
-        warm = max(before, 1 / (self._how.budget.steps or 1000)) / _WARM_UP
-        self._optimizer.param_groups[0]["lr"] = self._how.rate * min(warm, (1 - before) / (1 - _WARM_UP), 1.0)
-        ids = self._batch(self.steps)
-        loss = 0.0
-        with mixed_precision(self._device):
-            for part in ids.split(max(1, _TOKENS // ids.shape[1])):
-                found, _ = distance(self._student, self._teacher, part.to(self._device), self._how.hidden)
-                found = found * (len(part) / len(ids))
-                found.backward()
-                loss += float(found.detach())
-        if not loss < float("inf"):
-            raise Refusal(f"fine-tuning left the numbers at step {self.steps} (loss {loss}): pass a lower "
-                          f"--finetune-rate than {self._how.rate:g}")  # fmt: skip
-        torch.nn.utils.clip_grad_norm_(self._weights.values(), 1.0)
-        self._optimizer.step()
-        self._optimizer.zero_grad(set_to_none=True)
-        self.steps += 1
-        self.seconds += time.monotonic() - began
-        if int(self.spent * 10) > int(before * 10) or self.steps == 1:
-            print(f"  fine-tuning: step {self.steps}, {self.seconds:.0f} s, loss {loss:.4f}", file=sys.stderr)
+        before = self.teaching.spent
+        loss = self.teaching.step(self._loss)
+        steps, spent = self.teaching.steps, self.teaching.spent
+        if int(spent * 10) > int(before * 10) or steps == 1:
+            print(f"  fine-tuning: step {steps}, {self.teaching.seconds:.0f} s, loss {loss:.4f}", file=sys.stderr)
 
     def save(self) -> None:
         """Everything a later run needs, in one file that is whole or not there."""
-        tensors = {}
-        for name, weight in self._weights.items():
-            tensors[name] = weight.detach()
-            for moment in _MOMENTS:
-                tensors[f"{name}.{moment}"] = self._optimizer.state[weight][moment]
-        facts = {"steps": self.steps, "seconds": self.seconds, "facts": self.facts}
-        self._copy.save_state(tensors, facts)
+        facts = {"steps": self.teaching.steps, "seconds": self.teaching.seconds, "facts": self.facts}
+        self._copy.save_state(self.teaching.tensors(), facts)
         self.saved = time.monotonic()
 
     def finish(self) -> None:
         """Writes the matrices, after the state: a run that ends in between writes them again."""
-        self.facts |= {"steps": self.steps, "seconds": round(self.seconds, 1), "divergence_after": self._check()}
+        self.facts |= {
+            "steps": self.teaching.steps, "seconds": round(self.teaching.seconds, 1), "divergence_after": self._check(),
+        }  # fmt: skip
         self.save()
-        stored = self._copy.pruned()
-        new, facts = {}, {}
-        for name, weight in self._weights.items():
-            found = self._copy.rounded(name, weight.detach()) + 0.0
-            if not bool(found.isfinite().all()):
-                raise Refusal(f"fine-tuning left the numbers in {name}: pass a lower --finetune-rate")
-            if bool((found[stored.tensor(name) == 0] != 0).any()):
-                raise AssertionError(f"{name}: fine-tuning moved a zero")
-            new[name] = [found]
-            facts[name] = self._copy.done.get(name, {}) | {"shape": list(found.shape), "zeros": int((found == 0).sum())}
-            facts[name].pop("error", None)  # of the outputs, before they were tuned
-        self._copy.write(new, facts)
+        self._copy.write(*new_matrices(self._copy, self.teaching.weights))
+
+    def _loss(self, part: list[int]) -> torch.Tensor:
+        with mixed_precision(self._device):
+            loss, _ = distance(self._student, self._teacher, self._windows[part].to(self._device), self._how.hidden)
+        return loss
 
     def _restore(self) -> None:
         from safetensors import safe_open
 
         with safe_open(self._copy.state, "pt", device=str(self._device)) as file:
             facts = json.loads(file.metadata()["facts"])
-            for name, weight in self._weights.items():
-                weight.data.copy_(file.get_tensor(name))
-                self._optimizer.state[weight] = {
-                    "step": torch.tensor(float(facts["steps"])),
-                    **{moment: file.get_tensor(f"{name}.{moment}") for moment in _MOMENTS},
-                }
-        self.steps, self.seconds, self.facts = facts["steps"], facts["seconds"], facts["facts"]
-
-    def _batch(self, step: int) -> torch.Tensor:
-        """Ids [batch, length] of a step: every epoch goes through all windows, in its own order."""
-        count, chosen = len(self._windows), []
-        for at in range(step * self._how.batch, (step + 1) * self._how.batch):
-            epoch = at // count
-            if self._order[0] != epoch:
-                order = list(range(count))
-                random.Random(f"{self._how.seed} {epoch}").shuffle(order)
-                self._order = epoch, order
-            chosen.append(self._order[1][at % count])
-        return self._windows[chosen]
+            self.teaching.restore(file.get_tensor, facts["steps"], facts["seconds"])
+        self.facts = facts["facts"]
 
     def _check(self) -> float | None:
         """Mean divergence from the dense model in nats a token, on what was kept back; None without any."""

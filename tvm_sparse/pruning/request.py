@@ -95,6 +95,8 @@ def parse_prune(argv: Sequence[str]) -> PruneRequest:
     add("--finetune-text", metavar="TEXT", help="text to train on (default: --text)")
     add("--finetune-batch", type=int, default=16, help="sequences of --length tokens in a step")
     add("--finetune-rate", type=float, default=1e-3, help="highest learning rate")
+    add("--finetune-by", default="model", choices=("model", "layer"), help="the whole model at a time, or one layer "
+        "on --samples sequences, in the memory of a layer")  # fmt: skip
     add("--finetune-hidden", type=float, default=0.0, metavar="WEIGHT", help="of hidden states in the loss")
     add("--teacher", help="the dense model to learn from (default: --model, before it is pruned)")
     add("--device", default="cpu", help="cpu, cuda or cuda:N")
@@ -171,8 +173,11 @@ def _finetune(args: Any) -> Finetune | None:
         raise Refusal(f"--finetune-batch {args.finetune_batch} must be at least 1")
     if not 0 < args.finetune_rate < 1 or not 0 <= args.finetune_hidden < float("inf"):
         raise Refusal("--finetune-rate must be between 0 and 1, --finetune-hidden not under 0")
+    if args.finetune_by == "layer" and args.finetune_hidden:
+        raise Refusal("--finetune-hidden does not go with --finetune-by layer, whose loss is all of hidden states")
     return Finetune(
         budget=_budget(args.finetune),
+        by=args.finetune_by,
         text=text,
         batch=args.finetune_batch,
         length=args.length,
