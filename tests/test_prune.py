@@ -25,7 +25,7 @@ from tvm_sparse.errors import Refusal, Stopped, run_command
 from tvm_sparse.evaluate import evaluate
 from tvm_sparse.models.config import ModelConfig
 from tvm_sparse.prune import main, prune
-from tvm_sparse.pruning import Pattern, parse_pattern, rewrite
+from tvm_sparse.pruning import Pattern, layerwise, parse_pattern, rewrite
 from tvm_sparse.pruning.admm import DAMPING, GRADUAL, ITERATIONS, admm
 from tvm_sparse.pruning.allocation import by_layer, layer_sparsities, outlier_share
 from tvm_sparse.pruning.calibration import calibration
@@ -352,6 +352,24 @@ def test_activations_are_those_of_the_pruned_model_so_far(model, tmp_path):
         expected = wanda_by_the_paper(weight.numpy(), x.numpy(), 0.6)
         agree = (pruned.get_submodule(path).weight.detach() != 0).numpy() == (expected != 0)
         assert agree.mean() > 0.98  # int(0.6 K) in every row there, the matrix's exact share here
+
+
+@pytest.mark.parametrize("method", ["sparsegpt", "admm"])
+def test_a_hessian_of_fewer_tokens_than_columns(model, tmp_path, method):
+    """Singular as it is; damped, it makes numbers and the exact share of zeros."""
+    summary = run(model, tmp_path / "out", "--prune", method, "--text", TEXT, "--samples", "1", "--length", "8")
+    assert all(bool(value.isfinite().all()) for value in state_of(tmp_path / "out").values())
+    assert summary["total"]["sparsity"] == pytest.approx(0.6, abs=1e-3)
+
+
+def test_a_hessian_that_stays_singular_is_told_by_the_matrix(model, tmp_path, monkeypatch, capsys):
+    before = digest(model)
+    monkeypatch.setattr(layerwise, "factorise", lambda gram: factorise(-gram))
+    words = ["--model", str(model), "--sparsity", "0.6", "--prune", "sparsegpt", *CALIBRATE]
+    assert run_command(main, [*words, "--exclude", "in_proj", "--out", str(tmp_path / "out")]) == 2
+    error = capsys.readouterr().err.splitlines()[-1]
+    assert error.startswith("tvm_sparse: layers.0.linear_attn.out_proj.weight") and "--exclude it" in error
+    assert digest(model) == before and list(tmp_path.iterdir()) == []
 
 
 # ---- interrupted ----
