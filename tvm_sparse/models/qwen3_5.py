@@ -37,7 +37,7 @@ class Chunks:
     score: int
 
 
-CHUNKS = {"cpu": Chunks(prefill=256, score=64), "cuda": Chunks(prefill=512, score=256)}
+CHUNKS = {"cpu": Chunks(prefill=256, score=64), "cuda": Chunks(prefill=2048, score=256)}
 
 
 @dataclass(frozen=True)
