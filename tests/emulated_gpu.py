@@ -20,6 +20,7 @@ SHIM = r"""
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <memory>
 #include <thread>
 #include <vector>
 #define __device__
@@ -35,6 +36,16 @@ struct dim { unsigned x, y, z; };
 static thread_local dim threadIdx, blockIdx;
 static std::barrier<>* cta;
 static void __syncthreads() { cta->arrive_and_wait(); }
+static std::barrier<>* warp[32];
+static float exchanged[1024];
+static float __shfl_xor_sync(unsigned, float value, int lanes) {
+  auto* here = warp[threadIdx.x / 32];
+  exchanged[threadIdx.x] = value;
+  here->arrive_and_wait();
+  value = exchanged[threadIdx.x ^ lanes];
+  here->arrive_and_wait();
+  return value;
+}
 static float __uint_as_float(unsigned u) { float f; memcpy(&f, &u, 4); return f; }
 static unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)((unsigned long long)a * b >> 32); }
 static float2 make_float2(float x, float y) { return {x, y}; }
@@ -47,16 +58,33 @@ struct nv_bfloat16 {
   operator float() const { return __uint_as_float((unsigned)bits << 16); }
 };
 alignas(64) static float shared_ptr[1 << 16];
-static uint4 tvms_stream_load(const void* words, int step) {
-  return *(const uint4*)((const char*)words + 512ll * step);
+static uint4 tvms_stream_load(const void* words, int step, int ahead) {
+  return *(const uint4*)((const char*)words + 512ll * (step + ahead));
 }
+static void tvms_in_order() {}
 static unsigned tvms_early_load(const void* from) { return *(const unsigned*)from; }
 static unsigned tvms_read_pair(const void* x) { return *(const unsigned*)x; }
 static float tvms_read_x(const nv_bfloat16* x) { return *x; }
 static float tvms_read_x(const float* x) { return *x; }
+static int tvms_address(const void* p) { return (const char*)p - (const char*)shared_ptr; }
+template <class T> static T& tvms_at(int at) { return *(T*)((char*)shared_ptr + at); }
+static float tvms_get(int at) { return tvms_at<float>(at); }
+static float2 tvms_get2(int at) { return tvms_at<float2>(at); }
+static float4 tvms_get4(int at) { return tvms_at<float4>(at); }
+static void tvms_put(int at, float value) { tvms_at<float>(at) = value; }
+template <int tile> static void tvms_end(unsigned word, int first, int back, int* at, int* part, float* sum) {
+  if ((int)word >= (int)0x80010000) return;
+  for (int i = 0; i < tile; ++i) tvms_put(*part + 4 * i, sum[i]), sum[i] = 0;
+  *part += 4 * tile;
+  *at = first - back;
+}
+template <class... T> static void tvms_end_t1(T... t) { tvms_end<1>(t...); }
+template <class... T> static void tvms_end_t2(T... t) { tvms_end<2>(t...); }
+template <class... T> static void tvms_end_t4(T... t) { tvms_end<4>(t...); }
+template <class... T> static void tvms_end_t8(T... t) { tvms_end<8>(t...); }
 static void copy_async(const void* to, const void* from) { memcpy((void*)to, from, 16); }
 """
-_OWN = ("tvms_stream_load", "tvms_early_load", "tvms_read_pair", "tvms_read_x")
+_OWN = re.compile("tvms_(stream_load|in_order|early_load|read_pair|read_x|address|get[24]?|put|end_t[1248])")
 
 
 def compile_kernel(source: str, name: str, folder: Path):
@@ -64,7 +92,7 @@ def compile_kernel(source: str, name: str, folder: Path):
     helpers = [
         match.group(0)
         for match in re.finditer(r"^__device__ __forceinline__ [\w ]+? (tvms_\w+)\(.*?^\}$", source, re.S | re.M)
-        if match.group(1) not in _OWN
+        if not _OWN.fullmatch(match.group(1))
     ]
     kernel = re.search(rf'^extern "C" __global__ void [^;]*?{name}_kernel\(([^()]*)\) \{{.*?^\}}$', source, re.S | re.M)
     body = kernel.group(0).replace("extern __shared__ __align__(64) float shared_ptr[];", "")
@@ -80,6 +108,8 @@ extern "C" void run(void** args, int gx, int gy, int threads) {{
     std::fill(shared_ptr, shared_ptr + (1 << 16), NAN);
     std::barrier<> all(threads);
     cta = &all;
+    std::vector<std::unique_ptr<std::barrier<>>> warps;
+    for (int w = 0; w < threads / 32; ++w) warp[w] = warps.emplace_back(new std::barrier<>(32)).get();
     std::vector<std::thread> pool;
     for (int t = 0; t < threads; ++t) pool.emplace_back([=] {{
       threadIdx = {{(unsigned)t, 0, 0}}; blockIdx = {{(unsigned)x, (unsigned)y, 0}};

@@ -16,19 +16,20 @@ from tvm_sparse.schedules.table import instantiate
 from tvm_sparse.targets import MACHINES
 
 DELTA = FORMATS["delta"]
-# gap bits, bins, warps; N, K; tokens, declared tokens; dtypes of x and y; decisions
+# gap bits, bins, warps, classes, unit; N, K; tokens, declared tokens; dtypes of x and y; decisions
 CASES = {
-    "copies-4": ((4, 3, 2), (100, 72), 1, 1, "bfloat16", "float32", {}),
-    "copies-8": ((5, 2, 4), (70, 300), 1, 1, "bfloat16", "bfloat16", {"copies": 8, "depth": 2}),
-    "copies-2": ((3, 7, 1), (33, 40), 1, 1, "bfloat16", "float32", {"copies": 2, "overlap": 0}),
-    "one-copy": ((6, 3, 3), (257, 1000), 1, 1, "bfloat16", "float32", {"copies": 1, "depth": 6}),
-    "odd-columns": ((4, 4, 2), (100, 17), 1, 1, "bfloat16", "float32", {}),
-    "float32": ((4, 1, 2), (20, 200), 1, 1, "float32", "float32", {"depth": 3}),
-    "three-tokens": ((4, 3, 2), (90, 128), 3, 3, "bfloat16", "float32", {}),
-    "two-tokens-twice": ((5, 3, 2), (90, 128), 2, 2, "bfloat16", "float32", {"copies": 2}),
-    "many-tokens": ((4, 2, 3), (65, 96), 11, None, "bfloat16", "bfloat16", {}),
-    "full-bin": ((4, 1, 2), (34, 8), 1, 1, "bfloat16", "float32", {}),
-    "few-words": ((4, 5, 8), (9, 8), 2, None, "float32", "float32", {}),
+    "eight-classes": ((4, 3, 2, 8, 4), (100, 72), 1, 1, "bfloat16", "float32", {}),
+    "four-classes": ((5, 2, 4, 4, 4), (70, 300), 1, 1, "bfloat16", "bfloat16", {"depth": 2}),
+    "sixteen-classes": ((3, 7, 1, 16, 8), (33, 40), 1, 1, "bfloat16", "float32", {"overlap": 0}),
+    "a-lane-a-class": ((6, 3, 3, 32, 4), (257, 1000), 1, 1, "bfloat16", "float32", {"depth": 6}),
+    "one-class": ((4, 3, 2, 1, 8), (100, 72), 1, 1, "bfloat16", "float32", {"depth": 8}),
+    "odd-columns": ((4, 4, 2, 2, 4), (100, 17), 1, 1, "bfloat16", "float32", {}),
+    "float32": ((4, 1, 2, 8, 8), (20, 200), 1, 1, "float32", "float32", {"depth": 3}),
+    "three-tokens": ((4, 3, 2, 8, 4), (90, 128), 3, 3, "bfloat16", "float32", {}),
+    "two-tokens": ((5, 3, 2, 4, 4), (90, 128), 2, 2, "bfloat16", "float32", {}),
+    "many-tokens": ((4, 2, 3, 16, 4), (65, 96), 11, None, "bfloat16", "bfloat16", {}),
+    "full-bin": ((4, 1, 2, 1, 8), (34, 8), 1, 1, "bfloat16", "float32", {}),
+    "few-words": ((4, 5, 8, 8, 4), (9, 8), 2, None, "float32", "float32", {}),
 }
 
 

@@ -10,12 +10,12 @@ from hypothesis import strategies as st
 
 from tvm_sparse.errors import Refusal
 from tvm_sparse.formats import FORMATS, measure, pack, unpack
-from tvm_sparse.formats.delta_bins import WARP, deal
+from tvm_sparse.formats.delta_bins import deal
 
 DELTA = FORMATS["delta"]
 ANY = [FORMATS["dense"].choice(), FORMATS["bitmap"].choice(), FORMATS["block"].choice(rows=3, cols=5)]
-CUTS = ((3, 2, 1), (4, 132, 16), (4, 1, 1), (5, 5, 3), (6, 40, 2))
-ANY += [DELTA.choice(gap_bits=g, bins=b, warps=w) for g, b, w in CUTS]
+CUTS = ((3, 2, 1, 1, 8), (4, 132, 16, 8, 4), (4, 1, 1, 32, 4), (5, 5, 3, 2, 8), (6, 40, 2, 16, 4), (4, 64, 1, 1, 8))
+ANY += [DELTA.choice(*cut) for cut in CUTS]
 TWO_FOUR = FORMATS["2:4"].choice()
 
 
@@ -86,43 +86,53 @@ def test_nan_and_infinity_are_refused(choice, value):
 def walk(packed, x: np.ndarray) -> np.ndarray:
     """y = W x the way a bin's lanes do it: chunk by chunk, parts added in order, no check of any column in a chunk.
 
-    x ends in PAST zeros: an IndexError would say that a lane runs too far.
+    Each class of x ends in PAST zeros: an IndexError would say that a lane runs too far.
     """
     part = {name: t.view(torch.int16 if t.itemsize == 2 else t.dtype).numpy() for name, t in packed.buffers.items()}
-    g, warps, base = packed.choice.option("gap_bits"), packed.choice.option("warps"), int(part["scale"][0])
-    value_mask = 0x80000000 | ((1 << 15 - g) - 1) << 16
+    g, bins, warps, classes, unit = (value for _, value in packed.choice.options)
+    base, value_mask = int(part["scale"][0]), 0x80000000 | ((1 << 15 - g) - 1) << 16
     res_val = packed.buffers["res_val"].double().numpy()
-    words, k = part["words"].view(np.uint16).astype(np.uint32), packed.shape[1]
-    bins, steps = words.shape[:2]
+    words = part["words"].view(np.uint16).astype(np.uint32)
+    steps = words.shape[1]
+    columns = np.pad(x, (0, -len(x) % classes)).reshape(-1, classes)
+    width = len(columns)
+    columns = np.pad(columns, ((0, DELTA.PAST), (0, 0)))
     y = np.full(packed.shape[0], np.nan)
     for bin in range(bins):
-        row_of, ends, part_begin, res_begin = part["rows"][bin]
-        parts, linear = {}, 0
-        for stream, (warp, lane) in enumerate(np.ndindex(warps, 32)):
-            start = int(part["lanes"][bin, stream])
+        parts, begins = [{} for _ in range(classes)], [{} for _ in range(classes)]
+        for warp, lane in np.ndindex(warps, 32):
+            stream, group = divmod(warp * 32 + lane, classes)
+            start = int(part["lanes"][bin, warp * 32 + lane])
             rank, column, total = start >> 16, (start & 0xFFFF) - 1, 0.0
+            begins[group][stream] = rank
             for step in range(steps * warp // warps, steps * (warp + 1) // warps):
-                while ends[rank] == linear:
-                    assert parts.setdefault(stream + rank, total) is total
-                    rank, column, total = rank + 1, -1, 0.0
-                column, linear = min(column, k - 1), linear + 1
-                for word in words[bin, step, lane]:
+                column = min(column, width - 1)
+                for j, word in enumerate(words[bin, step, lane]):
                     column += int(word >> 15 - g) % (1 << g) + 1
-                    total += float(((word << 16) & value_mask).astype(np.uint32).view(np.float32)) * x[column]
-            assert parts.setdefault(stream + rank, total) is total
+                    value = float(((word << 16) & value_mask).astype(np.uint32).view(np.float32))
+                    total += value * columns[column, group]
+                    if j % unit == unit - 1 and word == 0x8000:
+                        assert parts[group].setdefault(stream + rank, total) is total
+                        rank, column, total = rank + 1, -1, 0.0
+            assert parts[group].setdefault(stream + rank, total) is total
+        row_of, res_begin = part["rows"][bin]
         for rank, row in enumerate(row_of[:-1]):
             if row >= 0:
-                own = range(part_begin[rank], part_begin[rank + 1])
+                y[row] = 0.0
+                for group in range(classes):
+                    streams = sorted(begins[group])
+                    first, end = (
+                        r + max(s for s in streams if s == 0 or begins[group][s] < r) for r in (rank, rank + 1)
+                    )
+                    y[row] += sum(parts[group][p] for p in range(first, end)) * 2.0**base
                 rest = range(res_begin[rank], res_begin[rank + 1])
-                y[row] = sum(parts[p] for p in own) * 2.0**base
                 y[row] += sum(float(res_val[i]) * x[part["res_col"][i]] for i in rest)
     return y
 
 
 def check_walk(weight: torch.Tensor, choice) -> None:
-    k = weight.shape[1]
-    x = np.concatenate([np.random.default_rng(0).normal(size=k), np.zeros(DELTA.PAST(choice))])
-    expected = weight.double().numpy() @ x[:k]
+    x = np.random.default_rng(0).normal(size=weight.shape[1])
+    expected = weight.double().numpy() @ x
     np.testing.assert_allclose(walk(pack(weight, choice), x), expected, rtol=1e-9, atol=1e-9 * np.abs(expected).max())
 
 
@@ -139,18 +149,18 @@ def test_no_lane_runs_further_than_the_zeros_after_x(gap_bits):
     weight[0] = 1.0
     weight[1:, -1] = torch.arange(1, 34).bfloat16()
     weight[5, ::9] = 3.0
-    for cut in ({"bins": 132, "warps": 2}, {"bins": 3, "warps": 1}):
+    for cut in ({"bins": 132, "warps": 2}, {"bins": 3, "warps": 1, "classes": 1, "unit": 8}):
         choice = DELTA.choice(gap_bits=gap_bits, **cut)
         check_walk(weight, choice)
         assert torch.equal(unpack(pack(weight, choice)), weight)
 
 
 def test_bins_are_of_equal_size_whatever_the_rows_are():
-    """Long rows stand with short ones: the fullest bin has hardly more chunks than the average."""
-    lengths = torch.randint(40, 60, (2000,), generator=torch.Generator().manual_seed(0))
+    """Long rows stand with short ones: the fullest class of a bin is hardly longer than the average."""
+    lengths = torch.randint(40, 60, (2000, 4), generator=torch.Generator().manual_seed(0))
     lengths[:30] = 640
     dealt = deal(lengths, 16)
-    assert dealt.steps * WARP <= lengths.sum() / 16 * 1.01 + WARP
+    assert int(dealt.end[:, :, -1].max()) <= lengths.sum() / (16 * 4) * 1.01
     assert sorted(dealt.row_of[dealt.row_of >= 0].tolist()) == list(range(2000))
 
 
@@ -160,8 +170,8 @@ def test_residual_and_window():
     weight[0, :20] = 0.01
     weight[0, 30], weight[1, 3], weight[1, 39] = 2.0**127, 2.0**-130, -(2.0**100)
     packed = pack(weight, DELTA.choice(bins=1, warps=1))
-    row_of, row_end, _, res_start = packed.buffers["rows"][0].tolist()
-    assert row_of == [0, 1, -1, -1] and row_end == [3, 3, 2**30, 2**30] and res_start == [0, 1, 3, 3]
+    row_of, res_start = packed.buffers["rows"][0].tolist()
+    assert row_of == [0, 1, -1, -1] and res_start == [0, 1, 3, 3]
     assert packed.buffers["res_col"].tolist() == [30, 3, 39]
     assert packed.buffers["res_val"].tolist() == [2.0**127, 2.0**-130, -(2.0**100)]
     assert 0 <= int(packed.buffers["scale"]) <= 223

@@ -47,7 +47,7 @@ def test_expected_statistics_are_those_of_a_random_matrix():
     torch.manual_seed(0)
     weight = torch.randn(512, 2048).masked_fill_(torch.rand(512, 2048) < 0.75, 0).bfloat16()
     stats, expected = measure(weight), expected_stats((512, 2048), 0.25)
-    for choice, close in ((FORMATS["bitmap"].choice(), 0.001), (FORMATS["delta"].choice(bins=20, warps=2), 0.01)):
+    for choice, close in ((FORMATS["bitmap"].choice(), 0.001), (FORMATS["delta"].choice(bins=20, warps=2), 0.02)):
         fmt = FORMATS[choice.name]
         assert fmt.nbytes(expected, choice) == pytest.approx(fmt.nbytes(stats, choice), rel=0.02)
         assert fmt.nbytes(stats, choice) == pytest.approx(pack(weight, choice).nbytes, rel=close)
@@ -60,6 +60,6 @@ def test_plan_of_a_build_without_weights():
     assert Plan.from_json(plan.to_json()) == plan
     assert plan["layers.0.mlp.gate_up_proj.weight"].choice == FORMATS["delta"].choice(gap_bits=4, bins=148)
     assert plan["embed_tokens.weight"].choice == plan["lm_head.weight"].choice == FORMATS["dense"].choice()
-    assert plan.nbytes == pytest.approx(17.4e9, rel=0.02)
+    assert plan.nbytes == pytest.approx(17.8e9, rel=0.01)
     table = str(plan).splitlines()
     assert len(table) == len(plan) + 2 and "times as fast as dense" in table[2]

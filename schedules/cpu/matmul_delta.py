@@ -1,8 +1,8 @@
 """The delta stream on the CPU: a task takes a bin, row after row; the 8 words of a chunk fill a register.
 
 The columns of a chunk are a running sum of its gaps, x is gathered at them. Streams, which cut a bin for the lanes of a
-GPU, are walked in order: a row goes on where the row before ended. A word becomes its weight by integer arithmetic
-(exponent field base + code), so x needs no scaling.
+GPU, are walked in order: a row goes on where the row before ended, until a chunk ends it. A word becomes its weight by
+integer arithmetic (exponent field base + code), so x needs no scaling.
 """
 
 from __future__ import annotations
@@ -13,8 +13,11 @@ from tvm import tirx
 from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
+from tvm_sparse.errors import Refusal
 from tvm_sparse.formats.delta import Delta
 from tvm_sparse.formats.delta_bins import WARP, slots
+from tvm_sparse.formats.delta_words import END
+from tvm_sparse.formats.stats import CHUNK
 from tvm_sparse.schedules.cpu.isa import ISAS, Isa
 from tvm_sparse.schedules.cpu.row_tile import token_tiles
 from tvm_sparse.schedules.cpu.signature import arguments
@@ -32,11 +35,13 @@ def space(spec: KernelSpec) -> tuple[Decision, ...]:
 
 def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tirx.PrimFunc:
     isa, bins = ISAS[spec.arch], spec.choice.option("bins")
+    if spec.choice.option("classes") != 1 or spec.choice.option("unit") != CHUNK:
+        raise Refusal(f"{spec.choice} on a CPU: it is cut for a GPU, a CPU takes classes=1, unit={CHUNK}")
     m = tirx.Var("m", "int64") if spec.m is None else spec.m
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name("main")
         x, buffers, y = arguments(spec, m)
-        staged = stage(x, Delta.PAST(spec.choice))
+        staged = stage(x, Delta.PAST)
         source = library(isa, spec.choice.option("gap_bits"))
         with T.attr(T.int32(0), "pragma_import_llvm", source), T.parallel(0, bins) as bin:
             for width, first, count in token_tiles(m, decisions["tokens"]):
@@ -49,8 +54,10 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tirx.PrimFunc:
 def _walk(isa: Isa, spec: KernelSpec, buffers, staged, y, bin, tokens: list) -> None:
     """All rows of a bin against a tile of tokens."""
     words, _, rows, scale, res_col, res_val = buffers
+    codes = T.decl_buffer(words.shape, "int16", data=words.data)
     steps, warps = T.cast(words.shape[1], "int32"), spec.choice.option("warps")
     place = T.alloc_buffer((5,), "int32", scope="local")  # warp, its first step, its end, lane, step
+    ended = T.alloc_buffer((1,), "int32", scope="local")
     column = T.alloc_buffer((1,), "int32", scope="local")
     accs = T.alloc_buffer((len(tokens),), FLOATS, scope="local")
     sums = T.alloc_buffer((len(tokens),), "float32", scope="local")
@@ -78,8 +85,8 @@ def _walk(isa: Isa, spec: KernelSpec, buffers, staged, y, bin, tokens: list) -> 
             T.buffer_store(column, -1, [0])
             for t in range(len(tokens)):
                 T.buffer_store(accs, T.broadcast(T.float32(0), 8), [t])
-            begin = T.Select(rank > 0, rows[bin, 1, T.max(rank - 1, 0)], 0)
-            with T.serial(0, rows[bin, 1, rank] - begin):
+            T.buffer_store(ended, 0, [0])
+            with T.While(ended[0] == 0):
                 settle()
                 chunk = T.address_of(words[bin, place[4], place[3], 0])
                 columns = T.alloc_buffer((1,), INTS, scope="local")
@@ -90,11 +97,13 @@ def _walk(isa: Isa, spec: KernelSpec, buffers, staged, y, bin, tokens: list) -> 
                     x = T.address_of(staged[token, 0])
                     T.buffer_store(accs, call(FLOATS, "gather_add", accs[t], weights[0], x, columns[0]), [t])
                 T.buffer_store(column, call("int32", "last", columns[0]), [0])
+                last = T.cast(codes[bin, place[4], place[3], CHUNK - 1], "int32")
+                T.buffer_store(ended, T.Select(last == END, 1, 0), [0])
                 T.buffer_store(place, place[4] + 1, [4])
             for t, token in enumerate(tokens):
                 T.buffer_store(sums, call("float32", "sum", accs[t]), [t])
-                with T.serial(0, rows[bin, 3, rank + 1] - rows[bin, 3, rank]) as i:
-                    at = rows[bin, 3, rank] + i
+                with T.serial(0, rows[bin, 1, rank + 1] - rows[bin, 1, rank]) as i:
+                    at = rows[bin, 1, rank] + i
                     product = T.cast(res_val[at], "float32") * staged[token, res_col[at]]
                     T.buffer_store(sums, sums[t] + product, [t])
                 T.buffer_store(y, T.cast(sums[t], spec.out_dtype), [token, row])

@@ -1,10 +1,15 @@
 """y = x W^T with W as a delta stream: the kernel of batch 1 on a GPU.
 
 A CTA owns a bin, all CTAs are there at once, every lane walks one stream of the bin. The first chunks are on their way
-before x is staged: x stands in shared memory as float32 times 2^96, token by token side by side, with the format's
-zeros after it. Where a row ends, a lane puts its sum away as a part and goes on with the next; the parts of a row are
-added in order, so two runs agree bit for bit, and the bins' order is undone at the store. The residual is added from x
-itself.
+before x is staged, and all that the weights alone decide is done: the kernel starts while the one before still runs,
+so two CTAs must fit an SM, in registers and in shared memory.
+
+x stands in shared memory as float32 times 2^96, column by column, a column `copies` times, the tokens of a tile side by
+side: classes * copies * tile words are 32 where there is room, so a lane finds its class and its copy of it always on
+the same banks, no two lanes of a warp (of a half or quarter warp, where a lane loads 2 or 4 tokens) on the same ones.
+Where a segment ends, a lane puts its sum away as a part and goes on with the next; the parts of a row are added in
+order, first those of a class, then the classes, so two runs agree bit for bit, and the bins' order is undone at the
+store. The residual is added from x itself.
 """
 
 from __future__ import annotations
@@ -21,17 +26,25 @@ from tvm_sparse.schedules.cuda.token_tile import SHARED_LIMIT, tile_decision, to
 from tvm_sparse.schedules.spec import KernelSpec
 from tvm_sparse.schedules.table import Decision
 
+MIN_BLOCKS = "tirx.launch_bounds_min_blocks_per_sm"
 # Programmatic dependent launch (CUDA): the kernel starts while the one before still runs, and waits for it itself.
 LAUNCH_PARAMS, PROGRAMMATIC = "tirx.kernel_launch_params", ["tirx.use_programtic_dependent_launch"]
 
 _LOAD = """
-__device__ __forceinline__ uint4 tvms_stream_load(const void* words, int step) {
+__device__ __forceinline__ uint4 tvms_stream_load(const void* words, int step, int ahead) {
   // Read once, by this SM alone: past L1. Volatile and not .nc, which ptxas would let sink below the wait for the
   // kernel before.
   uint4 w;
   asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-      : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w) : "l"((const char*)words + 512ll * step));
+      : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w) : "l"((const char*)words + 512ll * step + 512 * ahead));
   return w;
+}
+"""
+
+_IN_ORDER = """
+__device__ __forceinline__ void tvms_in_order() {
+  // ptxas would collect the loads of all chunks in flight behind the last one's products.
+  __syncwarp();
 }
 """
 
@@ -94,7 +107,7 @@ def stage_code(tile: int, copies: int) -> tuple[str, str]:
     elif tile == 1 and copies >= 4:
         lines = []
         for i in range(len(quads)):
-            lines.append(f"  q = ({i} + (threadIdx.x >> {4 - len(quads).bit_length()})) & {len(quads) - 1};")
+            lines.append(f"  q = ({i} + (threadIdx.x >> {max(0, 4 - len(quads).bit_length())})) & {len(quads) - 1};")
             lines.append(f"  f = q < {len(quads) // 2} ? a0 : b0;")
             lines.append("  ((float4*)to)[q] = make_float4(f, f, f, f);")
         lines.insert(0, "  int q;\n  float f;")
@@ -104,137 +117,235 @@ def stage_code(tile: int, copies: int) -> tuple[str, str]:
     return name, f"{_SCALE}__device__ __forceinline__ void {name}(const unsigned* v, float* to) {{\n{body}\n}}\n"
 
 
-def chunk_code(gap_bits: int, tile: int, copies: int = 1) -> tuple[str, str]:
-    """Name and source of the function that turns one lane's 8 words into `tile` sums; x stands there `copies` times.
+_SHARED = """
+#ifndef TVMS_SHARED
+#define TVMS_SHARED
+// Shared memory by address, which leaves the address of x to the offset of the instruction.
+__device__ __forceinline__ int tvms_address(const void* shared) {
+  return (int)__cvta_generic_to_shared(shared);
+}
+__device__ __forceinline__ float tvms_get(int at) {
+  float v;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(at));
+  return v;
+}
+__device__ __forceinline__ float2 tvms_get2(int at) {
+  float2 v;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(at));
+  return v;
+}
+__device__ __forceinline__ float4 tvms_get4(int at) {
+  float4 v;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(at));
+  return v;
+}
+__device__ __forceinline__ void tvms_put(int at, float value) {
+  asm volatile("st.shared.f32 [%0], %1;" :: "r"(at), "f"(value) : "memory");
+}
+#endif
+"""
 
-    `at` is the byte offset of the column after the last word's, so that the j-th word of the chunk adds its gap - 1
-    to it and reads at the constant offset j. The field is masked in place; as the upper half of a product its shift and
-    the addition are one instruction.
+
+def end_code(tile: int) -> tuple[str, str]:
+    """Name and source of what follows a unit: where its last word is -0.0, the only one with a sign and nothing else,
+    the sums become part `part` (an address), and the next segment starts at `first`, `back` bytes before it.
     """
-    column = 4 * tile * copies
-    log = column.bit_length() - 1
+    name = f"tvms_end_t{tile}"
+    stores = "".join(f"@p st.shared.f32 [%1+{4 * i}], %{2 + i}; " for i in range(tile))
+    clears = "".join(f"@p mov.f32 %{2 + i}, 0f00000000; " for i in range(tile))
+    sums = ", ".join(f'"+f"(sum[{i}])' for i in range(tile))
+    body = f"""
+__device__ __forceinline__ void {name}(unsigned word, int first, int back, int* at, int* part, float* sum) {{
+  asm volatile(
+      "{{.reg .pred p; setp.lt.s32 p, %{2 + tile}, 0x80010000; {stores}@p add.s32 %1, %1, {4 * tile}; {clears}"
+      "@p sub.s32 %0, %{3 + tile}, %{4 + tile};}}"
+      : "+r"(*at), "+r"(*part), {sums} : "r"(word), "r"(first), "r"(back));
+}}
+"""
+    return name, body
+
+
+def chunk_code(gap_bits: int, tile: int, width: int, unit: int) -> tuple[str, str]:
+    """Name and source of the function that multiplies one lane's 8 words with `tile` tokens; a class column is `width`
+    numbers from the next.
+
+    `at` is the address of the class column after the last word's, `past` bytes before it: within a group of chunks it
+    stays as it is, so that the j-th word adds its gap - 1 to it and reads at the constant offset past + j. The field is
+    masked in place; as the upper half of a product its shift and the addition are one instruction.
+    """
+    step = 4 * width
+    log = step.bit_length() - 1
     gap = (1 << gap_bits) - 1
     value = 0x80000000 | (((1 << (31 - gap_bits)) - 1) & 0xFFFF0000)
-    name = f"tvms_delta_g{gap_bits}_t{tile}_c{copies}"
-    vector = {1: "float", 2: "float2", 4: "float4", 8: "float4"}[tile]
-    parts = ["x"] if tile == 1 else list("xyzw"[: min(tile, 4)])
+    name = f"tvms_delta_g{gap_bits}_t{tile}_w{width}_u{unit}"
+    vector = min(tile, 4)
+    end, end_source = end_code(tile)
     lines = []
     for j in range(8):
         word = f"w.{'xyzw'[j // 2]}"
         low = j % 2 == 0
         shift = (15 if low else 31) - gap_bits
-        lines.append(f"  at += __umulhi({word} & {gap << shift:#x}u, {1 << (32 - shift + log):#x}u);")
+        offset = j * step
+        lines.append(f"  *at += __umulhi({word} & {gap << shift:#x}u, {1 << (32 - shift + log):#x}u);")
         lines.append(f"  v = __uint_as_float({f'({word} << 16)' if low else word} & {value:#x}u);")
         for quad in range(-(-tile // 4)):
-            lines.append(f"  a = *(const {vector}*)(x + at + {j * column + 16 * quad});")
-            for i, part in enumerate(parts):
-                element = "a" if tile == 1 else f"a.{part}"
-                lines.append(f"  sum[{4 * quad + i}] = fmaf(v, {element}, sum[{4 * quad + i}]);")
+            lines.append(f"  a = tvms_get{vector if vector > 1 else ''}(*at + past + {offset + 16 * quad});")
+            for i in range(vector):
+                factor = "a" if tile == 1 else f"a.{'xyzw'[i]}"
+                lines.append(f"  sum[{4 * quad + i}] = fmaf(v, {factor}, sum[{4 * quad + i}]);")
+        if j % unit == unit - 1:
+            lines.append(f"  {end}({word}, first, past + {offset + step}, at, part, sum);")
     body = "\n".join(lines)
-    source = f"""
-__device__ __forceinline__ void {name}(uint4 w, const float* staged, int* place, float* sum) {{
-  const char* x = (const char*)staged;
-  unsigned at = *place;
+    kind = {1: "float", 2: "float2", 4: "float4"}[vector]
+    source = f"""{_SHARED}#ifndef {name.upper()}
+#define {name.upper()}
+#ifndef {end.upper()}
+#define {end.upper()}{end_source}#endif
+__device__ __forceinline__ void {name}(uint4 w, int past, int* at, int* part, float* sum, int first) {{
   float v;
-  {vector} a;
+  {kind} a;
 {body}
-  *place = at + {8 * column};
 }}
+#endif
 """
     return name, source
 
 
-def row_code(tile: int) -> tuple[str, str]:
-    """Name and source of what a lane does before a chunk: where its row ends here, the sum is put away as a part.
+_CLASS_SUM = """
+#ifndef TVMS_CLASS_SUM
+#define TVMS_CLASS_SUM
+__device__ __forceinline__ float tvms_class_sum(float value, int lanes) {
+  // Over neighbouring lanes, in a fixed tree.
+  for (int step = lanes / 2; step > 0; step >>= 1) value += __shfl_xor_sync(0xffffffffu, value, step);
+  return value;
+}
+#endif
+"""
 
-    `row`: the step at which the row ends, the row's rank, and the chunk of the bin at which step 0 would stand.
-    Rows without words end where they begin. `place` goes from column 0 at `first` to column K at `first + last`, where
-    it is held: only padding would go beyond.
+
+def row_code(classes: int, each: int, tile: int) -> tuple[str, str]:
+    """Name and source of the function that adds the parts of `each` classes of a row.
+
+    `first`: where the row's parts of each class begin, then where the next row's do. Nearly all segments have one or
+    two parts: those are read without waiting for one another.
     """
-    name = f"tvms_delta_row_t{tile}"
+    name = f"tvms_row_{classes}_{each}_t{tile}"
     source = f"""
-__device__ __forceinline__ void {name}(
-    const int* ends, float* parts, int step, int* row, int* place, float* sum, int first, int last) {{
-  if (row[0] == step) {{
-    do {{
-      for (int i = 0; i < {tile}; ++i) {{
-        parts[row[1] * {tile} + i] = sum[i];
-        sum[i] = 0.f;
-      }}
-      row[1] += 1;
-      row[0] = ends[row[1]] - row[2];
-    }} while (row[0] == step);
-    *place = first;
+__device__ __forceinline__ void {name}(const ushort* first, const float* parts, float* total) {{
+  int a[{each}], b[{each}];
+#pragma unroll
+  for (int k = 0; k < {each}; ++k) {{
+    a[k] = first[k];
+    b[k] = first[{classes} + k];
   }}
-  *place = min(*place, first + last);
+#pragma unroll
+  for (int t = 0; t < {tile}; ++t) {{
+    float own = 0.f, cut = 0.f;
+#pragma unroll
+    for (int k = 0; k < {each}; ++k) {{
+      own += parts[a[k] * {tile} + t];
+      cut += b[k] - a[k] > 1 ? parts[(a[k] + 1) * {tile} + t] : 0.f;
+    }}
+    total[t] = own + cut;
+  }}
+  for (int k = 0; k < {each}; ++k)
+    for (int p = a[k] + 2; p < b[k]; ++p)
+      for (int t = 0; t < {tile}; ++t) total[t] += parts[p * {tile} + t];
 }}
 """
     return name, source
 
 
 def space(spec: KernelSpec) -> tuple[Decision, ...]:
-    """`tile` tokens a CTA, `depth` chunks in flight a lane, x in `copies`, `overlap` with the kernel before."""
+    """`tile` tokens a CTA, `depth` chunks in flight a lane, `overlap` with the kernel before."""
     return (
-        tile_decision(spec, spec.k + Delta.PAST(spec.choice) + _parts(spec)),
-        Decision("depth", (2, 3, 4, 6), 4),
-        Decision("copies", (1, 2, 4, 8), 4 if spec.m == 1 else 1),
+        tile_decision(spec, _columns(spec) + _parts(spec)),
+        Decision("depth", _DEPTHS, 6 if spec.m == 1 else 4),
+        Decision("refill", (1, 2, 3), 1),
         Decision("overlap", (0, 1), 1),
     )
 
 
-def _fitting(spec: KernelSpec, tile: int, copies: int) -> int:
-    """As many copies as are wanted, or have room."""
-    columns = spec.k + Delta.PAST(spec.choice)
-    while copies > 1 and 4 * tile * (copies * columns + _parts(spec)) > SHARED_LIMIT:
-        copies //= 2
-    return copies
+_DEPTHS = (2, 3, 4, 6, 8)
+
+
+def _columns(spec: KernelSpec, depth: int = max(_DEPTHS)) -> int:
+    """Columns of x with the zeros after it: `depth` chunks pass between two looks at a lane that only has padding."""
+    classes = spec.choice.option("classes")
+    return classes * (-(-spec.k // classes) + depth * Delta.PAST)
 
 
 def _parts(spec: KernelSpec) -> int:
-    """Numbers a token's parts of rows take in a bin."""
-    return spec.choice.option("warps") * WARP + slots(spec.n, spec.choice.option("bins"))
+    """Numbers a token's parts take in a bin."""
+    classes = spec.choice.option("classes")
+    return spec.choice.option("warps") * WARP + classes * slots(spec.n, spec.choice.option("bins"))
+
+
+def _copies(spec: KernelSpec, tile: int) -> int:
+    """As many as fill the banks, or have room."""
+    copies = max(1, WARP // (tile * spec.choice.option("classes")))
+    while copies > 1 and 4 * tile * (copies * _columns(spec) + _parts(spec)) > SHARED_LIMIT:
+        copies //= 2
+    return copies
 
 
 def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
     """(x [m, k], words, lanes, rows, scale, res_col, res_val, y [m, n])."""
     n, k, m = spec.n, spec.k, tokens_of(spec)
-    gap_bits, bins, warps = (spec.choice.option(key) for key in ("gap_bits", "bins", "warps"))
-    tile, depth, overlap = (decisions[key] for key in ("tile", "depth", "overlap"))
-    copies = _fitting(spec, tile, decisions["copies"])
-    width = tile * copies  # numbers a column takes; lanes share the copies, which halves or quarters their conflicts
+    gap_bits, bins, warps, classes, unit = (value for _, value in spec.choice.options)
+    tile, depth, refill, overlap = (decisions[key] for key in ("tile", "depth", "refill", "overlap"))
+    copies = _copies(spec, tile)
+    width = tile * copies  # numbers a column takes
     room, threads = slots(n, bins), warps * WARP
-    padded = -(-(k + Delta.PAST(spec.choice)) // 8) * 8
-    parts = padded * width  # where the parts begin, and after them the table of rows
-    table = parts + -(-_parts(spec) * tile // 4) * 4
+    streams = threads // classes
+    span = streams + room  # parts of a class
+    padded = _columns(spec, depth)
+    parts = padded * width  # where the parts begin; after them the first part of each segment, then the table of rows
+    firsts = parts + -(-classes * span * tile // 4) * 4
+    table = firsts + -(-classes * room // 8) * 4
+    total_words = table + 2 * room
+    helpers = 1  # lanes that add up a row
+    while 2 * helpers <= classes and 2 * helpers * room <= threads:
+        helpers *= 2
+    group_step, end = 32 * classes * width, -(-k // classes) * classes * width * 4  # bytes of 8 class columns, of all
     steps, extra = symbol("steps"), symbol("nr")
-    function, source = chunk_code(gap_bits, tile, copies)
-    turn_name, turn_source = row_code(tile)
+    chunk_name, chunk_source = chunk_code(gap_bits, tile, classes * width, unit)
+    row_name, row_source = row_code(classes, classes // helpers, tile)
     stage_name, stage_source = stage_code(tile, copies)
     pairs = spec.x_dtype == "bfloat16" and k % 2 == 0
     turns = -(-k // (2 * threads))  # a thread reads 2 columns at a time, several times `together` before it waits
     together = min(turns, max(1, 12 // tile))
 
-    def load(words, bin, lane, step):
+    def load(words, bin, lane, step, ahead):
         return T.cuda.func_call(
             "tvms_stream_load",
             T.address_of(words[bin, 0, lane, 0]),
             step,
+            ahead,
             source_code=_LOAD,
             return_type="uint32x4",
         )
 
+    def in_order():
+        return T.evaluate(T.cuda.func_call("tvms_in_order", source_code=_IN_ORDER))
+
     def early(element):
         return T.cuda.func_call("tvms_early_load", T.address_of(element), source_code=_EARLY, return_type="uint32")
 
-    def multiply(ring, shared, place, sums, d):
-        pointers = [T.address_of(buffer[0]) for buffer in (shared, place, sums)]
-        return T.evaluate(T.cuda.func_call(function, ring[d], *pointers, source_code=source))
-
-    def turn_row(own, shared, step, stream, flip, place, sums, origin):
-        ends, part = T.address_of(own[table + room]), T.address_of(shared[parts + stream * tile])
-        pointers = [T.address_of(buffer[0]) for buffer in (flip, place, sums)]
-        call = T.cuda.func_call(turn_name, ends, part, step, *pointers, origin, 4 * width * k, source_code=turn_source)
+    def multiply(ring, at, part, sums, d, first):
+        pointers = [T.address_of(buffer[0]) for buffer in (at, part, sums)]
+        call = T.cuda.func_call(chunk_name, ring[d], d * group_step, *pointers, first, source_code=chunk_source)
         return T.evaluate(call)
+
+    def address(element):
+        return T.cuda.func_call("tvms_address", T.address_of(element), source_code=_SHARED, return_type="int32")
+
+    def put(at, value):
+        return T.evaluate(T.cuda.func_call("tvms_put", at, value, source_code=_SHARED))
+
+    def add_parts(begin, shared, total):
+        pointers = T.address_of(begin), T.address_of(shared[parts]), T.address_of(total[0])
+        return T.evaluate(T.cuda.func_call(row_name, *pointers, source_code=row_source))
 
     def read_pair(x, token, column):
         where = T.address_of(x[token, column])
@@ -251,12 +362,15 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
     def scaled(value):
         return T.cuda.func_call("tvms_scale_x", value, source_code=_SCALE, return_type="float32")
 
+    def class_sum(value):
+        return T.cuda.func_call("tvms_class_sum", value, helpers, source_code=_CLASS_SUM, return_type="float32")
+
     @T.prim_func(s_tir=True)
     def matmul_delta(
         x: T.Buffer((m, k), spec.x_dtype),
         words: T.Buffer((bins, steps, WARP, 8), "uint16"),
         lanes: T.Buffer((bins, threads), "uint32"),
-        rows: T.Buffer((bins, 4, room), "int32"),
+        rows: T.Buffer((bins, 2, room), "int32"),
         scale: T.Buffer((1,), "int32"),
         res_col: T.Buffer((extra,), "int32"),
         res_val: T.Buffer((extra,), "bfloat16"),
@@ -266,23 +380,26 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
         tiles = T.launch_thread("blockIdx.y", T.ceildiv(m, tile))
         thread = T.launch_thread("threadIdx.x", threads)
         lane: T.let[T.int32] = thread % WARP
-        origin: T.let[T.int32] = thread % copies * (4 * tile)  # of the lane's copy of x
         warp: T.let[T.int32] = thread // WARP
+        group: T.let[T.int32] = thread % classes
+        stream: T.let[T.int32] = thread // classes
         # One buffer for all: as several, the allocator would lay parts over x while other warps still read it.
-        shared = T.alloc_buffer((table + 4 * room,), "float32", scope="shared.dyn")
-        own = T.decl_buffer((table + 4 * room,), "int32", data=shared.data, scope="shared.dyn")
-        flat = T.decl_buffer((bins, 4 * room), "int32", data=rows.data)
+        shared = T.alloc_buffer((total_words,), "float32", scope="shared.dyn")
+        own = T.decl_buffer((total_words,), "int32", data=shared.data, scope="shared.dyn")
+        begins = T.decl_buffer((2 * total_words,), "uint16", data=shared.data, scope="shared.dyn")
+        flat = T.decl_buffer((bins, 2 * room), "int32", data=rows.data)
         ring = T.alloc_buffer((depth,), "uint32x4", scope="local")
         pair = T.alloc_buffer((together * tile,), "uint32", scope="local")
         step = T.alloc_buffer((2,), "int32", scope="local")  # next to multiply, end
-        start = T.alloc_buffer((1,), "uint32", scope="local")
-        flip = T.alloc_buffer((3,), "int32", scope="local")  # step at which the row ends, its rank, chunk of step 0
-        place = T.alloc_buffer((1,), "int32", scope="local")
+        start = T.alloc_buffer((2,), "uint32", scope="local")
+        rank = T.alloc_buffer((2,), "int32", scope="local")  # where the stream begins, where the next one does
+        at = T.alloc_buffer((1,), "int32", scope="local")
+        origin = T.alloc_buffer((1,), "int32", scope="local")  # of the lane's class of x
+        part = T.alloc_buffer((1,), "int32", scope="local")
         sums = T.alloc_buffer((tile,), "float32", scope="local")
         row = T.alloc_buffer((1,), "int32", scope="local")
-        first = T.alloc_buffer((2,), "int32", scope="local")
         rest = T.alloc_buffer((2,), "int32", scope="local")
-        total = T.alloc_buffer((1,), "float32", scope="local")
+        total = T.alloc_buffer((tile,), "float32", scope="local")
         left = T.alloc_buffer((1,), "float32", scope="local")
         base = T.alloc_buffer((1,), "int32", scope="local")
 
@@ -292,11 +409,14 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
         step[1] = T.cast(steps, "int32") * (warp + 1) // warps
         for d in T.unroll(depth):
             if step[0] + d < step[1]:
-                ring[d] = load(words, bin, lane, step[0] + d)
+                ring[d] = load(words, bin, lane, step[0], d)
         start[0] = early(lanes[bin, thread])
+        start[1] = T.uint32((room - 1) << 16)
+        if thread < threads - classes:
+            start[1] = early(lanes[bin, thread + classes])
         base[0] = T.reinterpret("int32", early(scale[0]))
-        for turn in T.unroll(T.ceildiv(room, threads)):
-            if turn * threads + thread < room:
+        for turn in T.unroll(T.ceildiv(room, 2 * threads)):
+            if turn * threads + thread < room // 2:
                 T.evaluate(
                     T.ptx["cp.async.cg.shared.global"](
                         T.address_of(own[table + (turn * threads + thread) * 4]),
@@ -304,9 +424,23 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
                         16,
                     )
                 )
-        flip[1] = T.cast(T.shift_right(start[0], T.uint32(16)), "int32")
-        place[0] = T.cast(T.bitwise_and(start[0], T.uint32(0xFFFF)), "int32") * (4 * width) + origin
-        flip[2] = step[0] * WARP + lane * (step[1] - step[0]) - step[0]
+        for turn in range(T.ceildiv((padded - k) * width, threads)):
+            if turn * threads + thread < (padded - k) * width:
+                shared[k * width + turn * threads + thread] = T.float32(0)
+        for token in T.unroll(tile):
+            sums[token] = T.float32(0)
+        rank[0] = T.cast(T.shift_right(start[0], T.uint32(16)), "int32")
+        rank[1] = T.cast(T.shift_right(start[1], T.uint32(16)), "int32")
+        origin[0] = address(shared[(group * copies + stream % copies) * tile])
+        at[0] = T.cast(T.bitwise_and(start[0], T.uint32(0xFFFF)), "int32") * (4 * classes * width) + origin[0]
+        part[0] = address(shared[parts + (group * span + stream + rank[0]) * tile])
+        # Segments that begin in this stream have their first part in it.
+        if stream == 0:
+            begins[2 * firsts + group] = T.cast(group * span, "uint16")
+        for r in range(rank[1] - rank[0]):
+            begins[2 * firsts + (rank[0] + 1 + r) * classes + group] = T.cast(
+                group * span + stream + rank[0] + 1 + r, "uint16"
+            )
 
         if T.bool(overlap == 1):  # weights never depend on the kernel before, x does
             T.evaluate(T.ptx["griddepcontrol.wait"]())
@@ -332,62 +466,66 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
                             left[0] = scaled(read(x, tiles * tile + token, turn * threads + thread))
                         for copy in T.unroll(copies):
                             shared[(turn * threads + thread) * width + copy * tile + token] = left[0]
-        for turn in range(T.ceildiv((padded - k) * width, threads)):
-            if turn * threads + thread < (padded - k) * width:
-                shared[k * width + turn * threads + thread] = T.float32(0)
         T.evaluate(T.ptx["cp.async.wait_all"]())
         T.tvm_storage_sync("shared.dyn")
 
-        flip[0] = own[table + room + flip[1]] - flip[2]
-        for token in T.unroll(tile):
-            sums[token] = T.float32(0)
         # A chunk's registers are refilled only once it is multiplied: a copy would wait for the load it is to hide.
         while step[0] + 2 * depth <= step[1]:
             for d in T.unroll(depth):
-                turn_row(own, shared, step[0] + d, thread, flip, place, sums, origin)
-                multiply(ring, shared, place, sums, d)
-                ring[d] = load(words, bin, lane, step[0] + d + depth)
+                multiply(ring, at, part, sums, d, origin[0])
+                ring[d] = load(words, bin, lane, step[0], d + depth)
+                if T.bool(d % refill == refill - 1):
+                    in_order()
+            at[0] = T.min(at[0] + depth * group_step, origin[0] + end)
             step[0] = step[0] + depth
         while step[0] < step[1]:
             for d in T.unroll(depth):
                 if step[0] + d < step[1]:
-                    turn_row(own, shared, step[0] + d, thread, flip, place, sums, origin)
-                    multiply(ring, shared, place, sums, d)
+                    multiply(ring, at, part, sums, d, origin[0])
                 if step[0] + d + depth < step[1]:
-                    ring[d] = load(words, bin, lane, step[0] + d + depth)
+                    ring[d] = load(words, bin, lane, step[0], d + depth)
+            at[0] = T.min(at[0] + depth * group_step, origin[0] + end)
             step[0] = step[0] + depth
         for token in T.unroll(tile):
-            shared[parts + (thread + flip[1]) * tile + token] = sums[token]
+            put(part[0] + 4 * token, sums[token])
         T.tvm_storage_sync("shared.dyn")
 
-        for turn in range(T.ceildiv(room, threads)):
-            if turn * threads + thread < room - 1:
-                row[0] = own[table + turn * threads + thread]
-                first[0] = own[table + 2 * room + turn * threads + thread]
-                first[1] = own[table + 2 * room + turn * threads + thread + 1]
-                rest[0] = own[table + 3 * room + turn * threads + thread]
-                rest[1] = own[table + 3 * room + turn * threads + thread + 1]
-                if row[0] >= 0:
-                    for token in T.unroll(tile):
-                        if tiles * tile + token < m:
-                            total[0] = T.float32(0)
-                            for p in range(first[1] - first[0]):
-                                total[0] += shared[parts + (first[0] + p) * tile + token]
-                            left[0] = T.float32(0)
-                            for p in range(rest[1] - rest[0]):
-                                left[0] += f32(res_val[rest[0] + p]) * read(
-                                    x, tiles * tile + token, res_col[rest[0] + p]
-                                )
-                            # 2^(base - 96), built as the exponent field of a float32
-                            y[tiles * tile + token, row[0]] = T.cast(
-                                total[0]
-                                * T.reinterpret(
-                                    "float32", T.shift_left(base[0] + (127 - 96), T.int32(23))
-                                )
-                                + left[0],
-                                spec.out_dtype,
+        for turn in range(T.ceildiv((room - 1) * helpers, threads)):
+            slot: T.let[T.int32] = (turn * threads + thread) // helpers
+            row[0] = -1
+            if slot < room - 1:
+                row[0] = own[table + slot]
+                rest[0] = own[table + room + slot]
+                rest[1] = own[table + room + slot + 1]
+            for token in T.unroll(tile):
+                total[token] = T.float32(0)
+            if row[0] >= 0:
+                add_parts(
+                    begins[2 * firsts + slot * classes + thread % helpers * (classes // helpers)], shared, total
+                )
+            for token in T.unroll(tile):
+                total[token] = class_sum(total[token])
+            if row[0] >= 0 and thread % helpers == 0:
+                for token in T.unroll(tile):
+                    if tiles * tile + token < m:
+                        left[0] = T.float32(0)
+                        for p in range(rest[1] - rest[0]):
+                            left[0] += f32(res_val[rest[0] + p]) * read(
+                                x, tiles * tile + token, res_col[rest[0] + p]
                             )
+                        # 2^(base - 96), built as the exponent field of a float32
+                        y[tiles * tile + token, row[0]] = T.cast(
+                            total[token]
+                            * T.reinterpret(
+                                "float32", T.shift_left(base[0] + (127 - 96), T.int32(23))
+                            )
+                            + left[0],
+                            spec.out_dtype,
+                        )
 
-    if overlap:
-        return matmul_delta.with_attr(LAUNCH_PARAMS, PROGRAMMATIC)
-    return matmul_delta
+    if not overlap:
+        return matmul_delta
+    attributes: dict[str, object] = {LAUNCH_PARAMS: PROGRAMMATIC}
+    if tile == 1 and threads <= 512:  # with more threads the registers would spill
+        attributes[MIN_BLOCKS] = 2
+    return matmul_delta.with_attr(attributes)

@@ -41,10 +41,10 @@ def _choices() -> list[FormatChoice]:
         block.choice(16, 16),
         block.choice(1, 32),
         block.choice(4, 8),
-        delta.choice(4, 132, 16),
-        delta.choice(3, 7, 1),
-        delta.choice(5, 264, 12),
-        delta.choice(6, 3, 24),
+        delta.choice(4, 132, 16, 8, 4),
+        delta.choice(3, 7, 1, 1, 8),
+        delta.choice(5, 264, 12, 16, 4),
+        delta.choice(6, 3, 24, 32, 8),
     ]
 
 
@@ -56,7 +56,7 @@ def matmuls() -> list[Matmul]:
         (c, s, m) for c in _choices() for s in RAGGED for m in TOKENS
     ):
         found.append(Matmul(choice, n, k, m, *types[index % 3]))
-    large = [FORMATS["delta"].choice(4, 132, 16), FORMATS["bitmap"].choice(), FORMATS["dense"].choice()]
+    large = [FORMATS["delta"].choice(classes=32), FORMATS["bitmap"].choice(), FORMATS["dense"].choice()]
     found += [Matmul(c, 512, 17408, m, "bfloat16", "bfloat16") for c in large for m in (1, 8, None)]
     return found
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import accumulate
 
@@ -10,10 +10,11 @@ import torch
 from torch.nn.functional import pad
 
 from tvm_sparse.formats.bits import MAGNITUDE, SIGN, magnitude
-from tvm_sparse.formats.stats import CHUNK, row_gaps
+from tvm_sparse.formats.stats import row_gaps
 
 # x is staged times 2^96 and the sum multiplied by 2^(base - 96), which must itself be a finite float32.
 MAX_BASE = 223
+END = -0x8000  # -0.0: the last word of a segment
 
 
 @dataclass(frozen=True)
@@ -82,12 +83,13 @@ class Survey:
     res_col: torch.Tensor  # int64 [nr]
     res_val: torch.Tensor  # int16 [nr]
 
-    def under(self, code: Code, bits: torch.Tensor) -> Survey:
+    def under(self, code: Code, read: Callable[[], torch.Tensor]) -> Survey:
         """The same block once the window is known: rows with values outside it are surveyed again."""
         outside = self.exponents.clone()
         outside[code.base + 1 : code.base + code.width + 1] = 0
         if not bool(outside.any()):
             return self
+        bits = read()
         absolute = magnitude(bits)
         rows = ((absolute != 0) & ~code.holds(absolute)).any(1).nonzero().view(-1)
         again = survey(bits[rows], code.gap_bits, code)
@@ -142,12 +144,13 @@ def write_rows(out: torch.Tensor, bits: torch.Tensor, starts: torch.Tensor, code
     out[at[each] - fillers[each] + nth] = code.filler
 
 
-def columns_before(words: torch.Tensor, code: Code) -> torch.Tensor:
-    """int16 [bins, chunks, 8] -> int32 [bins, chunks + 1]: columns that a bin's words advance before each chunk.
+def columns_before(words: torch.Tensor, code: Code, unit: int) -> torch.Tensor:
+    """int16 [streams, words] -> int32 [streams, units + 1]: columns that a stream's words advance before each unit.
 
     Four gaps at a time: the fields of a 64-bit word, added up in its highest one.
     """
     ones = 0x0001_0001_0001_0001
-    fields = ((words.view(torch.int64) >> code.gap_shift) & (code.gap_mask * ones)).sum(2)
-    advance = ((fields * ones) >> 48).to(torch.int32) + CHUNK
+    fields = (words.view(torch.int64) >> code.gap_shift) & (code.gap_mask * ones)
+    fields = fields.view(len(words), -1, unit // 4).sum(2)
+    advance = ((fields * ones) >> 48).to(torch.int32) + unit
     return pad(advance.cumsum(1, dtype=torch.int32), (1, 0))
