@@ -2,14 +2,17 @@
 
 import pytest
 import torch
+import tvm
 from emulated_tensor_cores import Kernels
 
-from tvm_sparse.codegen import cuda_toolkit
+from tvm_sparse.codegen import cuda, cuda_toolkit
 from tvm_sparse.errors import Refusal
 from tvm_sparse.formats import FORMATS, FormatChoice, pack
 from tvm_sparse.schedules.cuda import matmul_mma
+from tvm_sparse.schedules.product import dense_spec, product, write_products
 from tvm_sparse.schedules.spec import KernelSpec
-from tvm_sparse.schedules.table import decoder, instantiate
+from tvm_sparse.schedules.table import DECODERS, decoder, instantiate
+from tvm_sparse.targets import MACHINES
 
 DENSE = FORMATS["dense"].choice()
 
@@ -90,3 +93,18 @@ def test_a_decoder_gives_back_every_bit(case, tmp_path):
     kernels.run("decode_kernel", ctas, 256, {**buffers, **sizes, "w": decoded})
     assert torch.equal(decoded[:n], (weight + 0.0).view(torch.int16))
     assert bool((decoded[n:] == -1).all())
+
+
+def test_a_library_holds_host_code_and_kernels_for_every_machine(tmp_path):
+    specs = [KernelSpec(FORMATS[name].choice(), 72, 64, 64, "bfloat16", "float32", "sm_90a") for name in DECODERS]
+    products = [product(spec) for spec in specs]
+    kernels = {made.decode: decoder(spec) for made, spec in zip(products, specs, strict=True)}
+    kernels[products[0].dense] = instantiate(dense_spec(specs[0]))
+    mod = tvm.IRModule({name: kernel.with_attr("global_symbol", name) for name, kernel in kernels.items()})
+    library = tmp_path / "lib.so"
+    found = cuda.build_cuda_library(write_products(mod, products), library, [MACHINES["b200"], MACHINES["h200"]])
+    wanted = sorted(f"{name}_kernel" for name in kernels)
+    assert found == {"sm_100a": wanted, "sm_90a": wanted}
+    held = library.read_bytes()
+    assert all(f"__tvm_ffi_{made.symbol}".encode() in held for made in products)
+    assert b"libcublasLt.so.13" in held
