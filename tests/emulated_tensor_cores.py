@@ -74,6 +74,7 @@ static const Scratch& exchange(const unsigned* words, int count) {
 static float __shfl_xor_sync(unsigned, float value, int step) {
   return __uint_as_float(exchange((const unsigned*)&value, 1).words[running % 32 ^ step][0]);
 }
+static void __syncwarp() { meet(warps[running / 32], 32); }
 static int shuffled(int value, int lane) {
   const Scratch& all = exchange((const unsigned*)&value, 1);
   return (int)all.words[lane][0];

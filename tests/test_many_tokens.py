@@ -67,6 +67,7 @@ def matrix(choice: FormatChoice, n: int, k: int) -> torch.Tensor:
     else:
         weight *= torch.rand(n, k, generator=generator) < 0.4
         weight[n // 2] = 1.5
+        weight.view(-1)[:: n * k // 5 + 1] = 1e-20  # outside the delta stream's window
     weight[0] = 0
     return weight.bfloat16()
 
@@ -75,6 +76,9 @@ def matrix(choice: FormatChoice, n: int, k: int) -> torch.Tensor:
 DECODED = {
     "bitmap": (FORMATS["bitmap"].choice(), 21, 72, (3, 1)),
     "bitmap-long": (FORMATS["bitmap"].choice(), 5, 1096, (1, 1)),
+    "delta": (FORMATS["delta"].choice(4, 3, 2, 8, 4), 100, 72, (3, 1)),
+    "delta-a-lane-a-class": (FORMATS["delta"].choice(6, 3, 3, 32, 4), 57, 1000, (3, 1)),
+    "delta-one-class": (FORMATS["delta"].choice(3, 5, 2, 1, 8), 33, 40, (5, 1)),
     "2to4": (FORMATS["2:4"].choice(), 37, 72, (2, 1)),
     "block": (FORMATS["block"].choice(4, 8), 21, 72, (6, 1)),
     "block-parts": (FORMATS["block"].choice(16, 16), 21, 1096, (2, 3)),
@@ -89,6 +93,7 @@ def test_a_decoder_gives_back_every_bit(case, tmp_path):
     weight = matrix(choice, n, k)
     buffers = {name: tensor.contiguous() for name, tensor in pack(weight, choice).buffers.items()}
     sizes = {"nv": len(buffers.get("values", ())), "nb": len(buffers.get("blocks", ()))}
+    sizes |= {"nr": len(buffers.get("res_col", ())), "steps": buffers["words"].shape[1] if "words" in buffers else 0}
     decoded = torch.full((n + 1, k), -1, dtype=torch.int16)
     kernels.run("decode_kernel", ctas, 256, {**buffers, **sizes, "w": decoded})
     assert torch.equal(decoded[:n], (weight + 0.0).view(torch.int16))
