@@ -151,11 +151,11 @@ static void enter() {{
   {name}({passed});
   done[running] = true;
 }}
-extern "C" void run_{name}(void** args, int gx, int gy, int count) {{
+extern "C" void run_{name}(void** args, int gx, int gy, int gz, int count) {{
   static std::vector<char> stacks(1024 << 16);
   given = args, threads = count;
-  gridDim = {{(unsigned)gx, (unsigned)gy, 1}}, blockDim = {{(unsigned)count, 1, 1}};
-  for (int y = 0; y < gy; ++y) for (int x = 0; x < gx; ++x) {{
+  gridDim = {{(unsigned)gx, (unsigned)gy, (unsigned)gz}}, blockDim = {{(unsigned)count, 1, 1}};
+  for (int z = 0; z < gz; ++z) for (int y = 0; y < gy; ++y) for (int x = 0; x < gx; ++x) {{
     memset(shared_memory, 0xff, sizeof shared_memory);
     for (int t = 0; t < count; ++t) {{
       getcontext(&fibers[t]);
@@ -166,7 +166,7 @@ extern "C" void run_{name}(void** args, int gx, int gy, int count) {{
       done[t] = false;
     }}
     for (int left = count; left;) for (int t = 0; t < count; ++t) if (!done[t]) {{
-      running = t, threadIdx = {{(unsigned)t, 0, 0}}, blockIdx = {{(unsigned)x, (unsigned)y, 0}};
+      running = t, threadIdx = {{(unsigned)t, 0, 0}}, blockIdx = {{(unsigned)x, (unsigned)y, (unsigned)z}};
       swapcontext(&scheduler, &fibers[t]);
       left -= done[t];
     }}
@@ -217,11 +217,11 @@ class Kernels:
         subprocess.run([cuda_stub.c_compiler(), *map(str, asked)], check=True)
         self.library = ctypes.CDLL(str(library))
 
-    def run(self, kernel: str, grid: tuple[int, int], threads: int, values: Mapping[str, torch.Tensor | int]) -> None:
+    def run(self, kernel: str, grid: tuple[int, ...], threads: int, values: Mapping[str, torch.Tensor | int]) -> None:
         """`values` by the names of the PrimFunc's buffers and symbolic dimensions."""
         held = {name: ctypes.c_int64(value) for name, value in values.items() if isinstance(value, int)}
         at = []
         for name in self.parameters[kernel]:
             value = values[name]
             at.append(ctypes.addressof(held[name]) if isinstance(value, int) else value.data_ptr())
-        getattr(self.library, f"run_{kernel}")((ctypes.c_void_p * len(at))(*at), *grid, threads)
+        getattr(self.library, f"run_{kernel}")((ctypes.c_void_p * len(at))(*at), *grid, *[1] * (3 - len(grid)), threads)

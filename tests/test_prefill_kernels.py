@@ -124,8 +124,11 @@ def test_what_does_not_depend_on_the_state_is_bounded(seed, alike, decay):
     assert max(np.abs(x).max() for x in (a, inside, across)) < 1 + 1e-9
 
 
-@pytest.mark.parametrize(("n", "past", "context"), [(1, 0, 70), (3, 37, 70), (150, 21, 300), (130, 100, 220)])
-def test_tiled_attention_equals_float64(n, past, context, attention_kernel):
+@pytest.mark.parametrize(
+    ("n", "past", "context", "splits"),
+    [(1, 0, 70, 1), (1, 0, 70, 3), (3, 37, 70, 2), (150, 21, 300, 1), (130, 100, 220, 1), (130, 100, 240, 3)],
+)
+def test_tiled_attention_equals_float64(n, past, context, splits, attention_kernel):
     """What lies in the caches past the last key is never used, and positions past the caches' end see all of them."""
     s, random = shape(), torch.Generator().manual_seed(0)
     qkv = torch.randn(n, 2 * (s.heads + s.kv_heads) * s.head_dim + 3, generator=random).bfloat16()
@@ -137,7 +140,10 @@ def test_tiled_attention_equals_float64(n, past, context, attention_kernel):
     held = {"q": q, "qkv": qkv, "k_cache": caches[0], "v_cache": caches[1], "y": y}
     held |= {"n": n, "row_length": qkv.shape[1], "context": context}
     held |= {"slot": torch.ones(1, dtype=torch.int32), "position": torch.tensor([5, past], dtype=torch.int32)}
-    attention_kernel.run("attention_kernel", (s.heads, -(-n // 128)), 256, held)
+    held |= {"sums": torch.full((splits, n, s.heads, s.head_dim), float("nan"))}
+    held |= {"stats": torch.full((splits, n, s.heads, 2), float("nan")), "cse_v3": -(-n // 128), "cse_v4": splits}
+    attention_kernel.run("attention_kernel", (s.heads, -(-n // 128), splits), 256, held)
+    attention_kernel.run("attention_kernel_1", (s.heads, n), s.head_dim // 2, held)
     there = min(n, context - past)
     gate = reference.split_qkv(s, qkv[:, :-3])[1]
     heads = q.view(n, s.heads, s.head_dim)

@@ -5,8 +5,9 @@ it may see by 64, the next keys and values on their way meanwhile. A warp owns 1
 maximum and sum and their weighted values stay in its registers: scores, as sums of one product, become weights, the
 operand of the next. Products are bfloat16 with float32 sums, as are the caches; the softmax is float32.
 
-Shared memory: queries [128, D] | keys [64, D], values [64, D] | the same again, rows as in tensor_core.py.
-The tiles that see most keys come first, so that the short ones fill the end.
+Shared memory: queries [128, D] | keys [64, D] twice | values [64, D] twice, each in panels of 64 columns with rows as in
+tensor_core.py. On an H200 four warps multiply together (warpgroup.py), and the scores of the next keys are on their way
+while weights are made of these. The tiles that see most keys come first, so that the short ones fill the end.
 """
 
 from __future__ import annotations
@@ -16,20 +17,84 @@ import math
 import tvm
 from tvm.script import tirx as T
 
-from tvm_sparse.schedules.cuda import tensor_core
+from tvm_sparse.schedules.cuda import tensor_core, warpgroup
 from tvm_sparse.schedules.cuda.device_code import symbol, token_dim
 
 QUERIES = 128  # a CTA's
 KEYS = 64  # at a time
 THREADS = QUERIES * 2
+CTAS = 132  # that an H200 runs at once, one an SM: with fewer tokens than fill it, several share a query's keys
 
 _SOURCE = r"""
 #ifndef TVMS_ATTENTION_TILED
 #define TVMS_ATTENTION_TILED
+// 2^x to 2 units in the last place; weights below 2^-126 become zero.
+__device__ __forceinline__ float tvms_exp2(float x) {
+#ifdef __CUDA_ARCH__
+  asm("ex2.approx.ftz.f32 %0, %0;" : "+f"(x));
+  return x;
+#else
+  return exp2f(x);
+#endif
+}
+
+// Scores of 64 keys from `key` on -> weights, in powers of two; `values` so far are rescaled. `last`: the last key that
+// the lane's query g sees, g + 8 sees 8 more. A query that sees none has -infinity as its largest and weights zero.
+template <int D>
+__device__ __forceinline__ void tvms_weigh(
+    float (&weights)[8][4], float (&values)[D / 8][4], float* largest, float* total, int key, int last, float scale) {
+  const int g = (threadIdx.x & 31) >> 2, t = threadIdx.x & 3;
+  if (key + 63 > last - g) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+#pragma unroll
+      for (int e = 0; e < 4; ++e)
+        if (key + i * 8 + 2 * t + (e & 1) > last + 8 * (e >> 1)) weights[i][e] = -INFINITY;
+  }
+  float rescale[2];
+#pragma unroll
+  for (int row = 0; row < 2; ++row) {
+    float most = weights[0][2 * row];
+#pragma unroll
+    for (int i = 0; i < 8; ++i) most = fmaxf(most, fmaxf(weights[i][2 * row], weights[i][2 * row + 1]));
+    most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
+    most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
+    most = fmaxf(largest[row], most * scale);
+    const float level = most == -INFINITY ? 0.f : most;
+    rescale[row] = tvms_exp2(largest[row] - level);
+    largest[row] = most;
+    float sum = 0.f;
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+#pragma unroll
+      for (int e = 2 * row; e < 2 * row + 2; ++e) {
+        weights[i][e] = tvms_exp2(fmaf(weights[i][e], scale, -level));
+        sum += weights[i][e];
+      }
+    total[row] = total[row] * rescale[row] + sum;
+  }
+  if (__any_sync(0xffffffffu, rescale[0] != 1.f || rescale[1] != 1.f)) {
+#pragma unroll
+    for (int i = 0; i < D / 8; ++i) {
+      values[i][0] *= rescale[0], values[i][1] *= rescale[0];
+      values[i][2] *= rescale[1], values[i][3] *= rescale[1];
+    }
+  }
+}
+
+// Columns 16 step .. of the weights as the left operand of a product.
+__device__ __forceinline__ void tvms_left(unsigned* a, const float (&weights)[8][4], int step) {
+#pragma unroll
+  for (int i = 0; i < 2; ++i) {
+    a[2 * i] = tvms_pack_bf16(weights[2 * step + i][0], weights[2 * step + i][1]);
+    a[2 * i + 1] = tvms_pack_bf16(weights[2 * step + i][2], weights[2 * step + i][3]);
+  }
+}
+
 template <int HEADS, int KV_HEADS, int D>
 __device__ __forceinline__ void tvms_attention(
-    const float* q, const void* qkv_bits, const void* k_cache, const void* v_cache, void* y, void* shared,
-    int position, float scale, long long n, long long row_length, long long context) {
+    const float* q, const void* qkv_bits, const void* k_cache, const void* v_cache, void* y, float* sums, float* stats,
+    void* shared, int position, float scale, long long n, long long row_length, long long context) {
   constexpr int UNITS = D / 8, TILE = 64 * D * 2, THREADS = 256;
   const int thread = threadIdx.x, warp = thread >> 5, lane = thread & 31, g = lane >> 2, t = lane & 3;
   const int head = blockIdx.x;
@@ -37,20 +102,25 @@ __device__ __forceinline__ void tvms_attention(
   const int rows = (int)min(n - first, 128ll);
   // Keys 0 .. length - 1 are there for the CTA's last query.
   const int length = (int)min(position + first + rows, context);
-  const int tiles = (length + 63) / 64;
+  // The CTA's share of the keys, in tiles.
+  const int splits = gridDim.z, split = blockIdx.z, all = (length + 63) / 64;
+  const int begin = all * split / splits, end = all * (split + 1) / splits;
   char* q_tile = (char*)shared;
-  char* stages = q_tile + 2 * TILE;
-  const char* own_keys = (const char*)k_cache + head / (HEADS / KV_HEADS) * context * (2 * D);
-  const char* own_values = (const char*)v_cache + head / (HEADS / KV_HEADS) * context * (2 * D);
+  char* k_tiles = q_tile + 2 * TILE;
+  char* v_tiles = k_tiles + 2 * TILE;
+  const long long own = head / (HEADS / KV_HEADS) * context * (2 * D);
 
-  auto fetch = [&](int tile) {
-    char* to = stages + (tile & 1) * 2 * TILE;
-    long long from = (long long)tile * TILE;
-    tvms_copy_tile<64, UNITS, THREADS>(to, own_keys + from, 2 * D, length - tile * 64);
-    tvms_copy_tile<64, UNITS, THREADS>(to + TILE, own_values + from, 2 * D, length - tile * 64);
+  auto fetch = [&](char* tiles_of, const void* cache, int tile) {
+#pragma unroll
+    for (int panel = 0; panel < D / 64; ++panel)
+      tvms_copy_tile<64, 8, THREADS>(tiles_of + (tile & 1) * TILE + panel * 8192,
+          (const char*)cache + own + (long long)tile * TILE + panel * 128, 2 * D, length - tile * 64);
   };
 
-  fetch(0);
+  if (begin < end) {
+    fetch(k_tiles, k_cache, begin);
+    fetch(v_tiles, v_cache, begin);
+  }
 #pragma unroll 4
   for (int i = thread; i < 128 * UNITS; i += THREADS) {
     int row = i / UNITS, unit = i % UNITS;
@@ -61,7 +131,7 @@ __device__ __forceinline__ void tvms_attention(
       packed = make_uint4(tvms_pack_bf16(a.x, a.y), tvms_pack_bf16(a.z, a.w), tvms_pack_bf16(b.x, b.y),
                           tvms_pack_bf16(b.z, b.w));
     }
-    *(uint4*)(q_tile + tvms_unit<UNITS>(row, unit)) = packed;
+    *(uint4*)(q_tile + (unit >> 3) * 16384 + tvms_unit<8>(row, unit & 7)) = packed;
   }
 
   float values[D / 8][4];
@@ -70,17 +140,63 @@ __device__ __forceinline__ void tvms_attention(
 #pragma unroll
     for (int e = 0; e < 4; ++e) values[i][e] = 0.f;
   float largest[2] = {-INFINITY, -INFINITY}, total[2] = {0.f, 0.f};
-  // The last key that the lane's queries g and g + 8 of the warp see.
   const int last = position + (int)first + warp * 16 + g;
+  float weights[8][4];
 
-  for (int tile = 0; tile < tiles; ++tile) {
+#ifdef TVMS_WARPGROUP
+  // The next tile's scores are on their way while this one's are weighed.
+  const char* own_queries = q_tile + warp / 4 * 8192;
+  auto score = [&](float(&sums)[8][4], int tile) {
+    tvms_products_begin();
+#pragma unroll
+    for (int step = 0; step < D / 16; ++step)
+      tvms_score(sums, tvms_tile(own_queries + step / 4 * 16384 + step % 4 * 32, 16),
+                 tvms_tile(k_tiles + (tile & 1) * TILE + step / 4 * 8192 + step % 4 * 32, 16), step > 0);
+    tvms_products_sent();
+  };
+  if (begin + 1 < end) fetch(k_tiles, k_cache, begin + 1);
+  tvms_copies_done();
+  tvms_publish();
+  __syncthreads();
+  float next[8][4];
+  if (begin < end) {
+    score(next, begin);
+    tvms_products_done();
+  }
+  for (int tile = begin; tile < end; ++tile) {
+#pragma unroll
+    for (int i = 0; i < 8; ++i)
+#pragma unroll
+      for (int e = 0; e < 4; ++e) weights[i][e] = next[i][e];
+    __syncthreads();  // all have seen the end of the products before, and of their copies
+    if (tile + 1 < end) {
+      score(next, tile + 1);
+      fetch(v_tiles, v_cache, tile + 1);
+      if (tile + 2 < end) fetch(k_tiles, k_cache, tile + 2);
+    }
+    tvms_weigh<D>(weights, values, largest, total, tile * 64, last, scale);
+    unsigned a[4][4];
+#pragma unroll
+    for (int step = 0; step < 4; ++step) tvms_left(a[step], weights, step);
+    tvms_products_begin();
+#pragma unroll
+    for (int step = 0; step < 4; ++step)
+      tvms_gather(values, a[step], tvms_tile(v_tiles + (tile & 1) * TILE + step * 2048, 8192), 1);
+    tvms_products_sent();
+    tvms_products_done();
+    tvms_copies_done();
+    tvms_publish();
+  }
+#else
+  for (int tile = begin; tile < end; ++tile) {
     tvms_copies_done();
     __syncthreads();
-    if (tile + 1 < tiles) fetch(tile + 1);
-    const char* k_tile = stages + (tile & 1) * 2 * TILE;
-    const char* v_tile = k_tile + TILE;
-
-    float weights[8][4];
+    if (tile + 1 < end) {
+      fetch(k_tiles, k_cache, tile + 1);
+      fetch(v_tiles, v_cache, tile + 1);
+    }
+    const char* k_tile = k_tiles + (tile & 1) * TILE;
+    const char* v_tile = v_tiles + (tile & 1) * TILE;
 #pragma unroll
     for (int i = 0; i < 8; ++i)
 #pragma unroll
@@ -88,66 +204,29 @@ __device__ __forceinline__ void tvms_attention(
 #pragma unroll 4
     for (int step = 0; step < D / 16; ++step) {
       unsigned a[4], b[4];
-      tvms_rows<UNITS>(a, q_tile, warp * 16, 2 * step);
+      tvms_rows<8>(a, q_tile + step / 4 * 16384, warp * 16, step % 4 * 2);
 #pragma unroll
       for (int p = 0; p < 4; ++p) {
-        tvms_rows<UNITS>(b, k_tile, p * 16, 2 * step);
+        tvms_rows<8>(b, k_tile + step / 4 * 8192, p * 16, step % 4 * 2);
         tvms_mma_bf16(weights[2 * p], a, b[0], b[2]);
         tvms_mma_bf16(weights[2 * p + 1], a, b[1], b[3]);
       }
     }
-    if (tile * 64 + 63 > last - g) {
-#pragma unroll
-      for (int i = 0; i < 8; ++i)
-#pragma unroll
-        for (int e = 0; e < 4; ++e)
-          if (tile * 64 + i * 8 + 2 * t + (e & 1) > last + 8 * (e >> 1)) weights[i][e] = -INFINITY;
-    }
-
-    // Online softmax in powers of two; key 0 is seen by all, so that no row stays without a maximum.
-    float rescale[2];
-#pragma unroll
-    for (int row = 0; row < 2; ++row) {
-      float most = weights[0][2 * row];
-#pragma unroll
-      for (int i = 0; i < 8; ++i) most = fmaxf(most, fmaxf(weights[i][2 * row], weights[i][2 * row + 1]));
-      most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 1));
-      most = fmaxf(most, __shfl_xor_sync(0xffffffffu, most, 2));
-      most = fmaxf(largest[row], most * scale);
-      rescale[row] = exp2f(largest[row] - most);
-      largest[row] = most;
-      float sum = 0.f;
-#pragma unroll
-      for (int i = 0; i < 8; ++i)
-#pragma unroll
-        for (int e = 2 * row; e < 2 * row + 2; ++e) {
-          weights[i][e] = exp2f(fmaf(weights[i][e], scale, -most));
-          sum += weights[i][e];
-        }
-      total[row] = total[row] * rescale[row] + sum;
-    }
-    if (__any_sync(0xffffffffu, rescale[0] != 1.f || rescale[1] != 1.f)) {
-#pragma unroll
-      for (int i = 0; i < D / 8; ++i) {
-        values[i][0] *= rescale[0], values[i][1] *= rescale[0];
-        values[i][2] *= rescale[1], values[i][3] *= rescale[1];
-      }
-    }
+    tvms_weigh<D>(weights, values, largest, total, tile * 64, last, scale);
 #pragma unroll
     for (int step = 0; step < 4; ++step) {
-      unsigned a[4] = {tvms_pack_bf16(weights[2 * step][0], weights[2 * step][1]),
-                       tvms_pack_bf16(weights[2 * step][2], weights[2 * step][3]),
-                       tvms_pack_bf16(weights[2 * step + 1][0], weights[2 * step + 1][1]),
-                       tvms_pack_bf16(weights[2 * step + 1][2], weights[2 * step + 1][3])};
+      unsigned a[4];
+      tvms_left(a, weights, step);
 #pragma unroll
       for (int p = 0; p < D / 16; ++p) {
         unsigned b[4];
-        tvms_columns<UNITS>(b, v_tile, step * 16, 2 * p);
+        tvms_columns<8>(b, v_tile + p / 4 * 8192, step * 16, p % 4 * 2);
         tvms_mma_bf16(values[2 * p], a, b[0], b[1]);
         tvms_mma_bf16(values[2 * p + 1], a, b[2], b[3]);
       }
     }
   }
+#endif
 
 #pragma unroll
   for (int row = 0; row < 2; ++row) {
@@ -156,7 +235,13 @@ __device__ __forceinline__ void tvms_attention(
     sum += __shfl_xor_sync(0xffffffffu, sum, 2);
     const float inverse = 1.f / sum;
     const long long token = first + warp * 16 + g + 8 * row;
-    if (token < n) {
+    if (token < n && splits > 1) {
+      const long long at = (split * n + token) * HEADS + head;
+      float* to = sums + at * D + 2 * t;
+#pragma unroll
+      for (int i = 0; i < D / 8; ++i) *(float2*)(to + i * 8) = make_float2(values[i][2 * row], values[i][2 * row + 1]);
+      if (t == 0) *(float2*)(stats + 2 * at) = make_float2(largest[row], sum);
+    } else if (token < n) {
       const unsigned short* gate = (const unsigned short*)qkv_bits + token * row_length + (2 * head + 1) * D + 2 * t;
       unsigned* to = (unsigned*)y + (token * HEADS + head) * (D / 2) + t;
 #pragma unroll
@@ -165,6 +250,30 @@ __device__ __forceinline__ void tvms_attention(
                                    values[i][2 * row + 1] * inverse / (1.f + expf(-tvms_wide(gate[i * 8 + 1]))));
     }
   }
+}
+
+// What the splits of a query found, joined in their order: a CTA a head of a token, a thread two columns.
+template <int HEADS, int D>
+__device__ __forceinline__ void tvms_attention_join(
+    const float* sums, const float* stats, const void* qkv_bits, void* y, int splits, long long n,
+    long long row_length) {
+  if (splits == 1) return;
+  const int head = blockIdx.x, thread = threadIdx.x;
+  const long long token = blockIdx.y;
+  float largest = -INFINITY, total = 0.f, x = 0.f, z = 0.f;
+  for (int split = 0; split < splits; ++split)
+    largest = fmaxf(largest, stats[((split * n + token) * HEADS + head) * 2]);
+  for (int split = 0; split < splits; ++split) {
+    const long long at = (split * n + token) * HEADS + head;
+    float2 found = *(const float2*)(stats + 2 * at), pair = *(const float2*)(sums + at * D + 2 * thread);
+    float weight = tvms_exp2(found.x - largest);
+    total += weight * found.y;
+    x += weight * pair.x;
+    z += weight * pair.y;
+  }
+  const unsigned short* gate = (const unsigned short*)qkv_bits + token * row_length + (2 * head + 1) * D + 2 * thread;
+  ((unsigned*)y)[(token * HEADS + head) * (D / 2) + thread] =
+      tvms_pack_bf16(x / total / (1.f + expf(-tvms_wide(gate[0]))), z / total / (1.f + expf(-tvms_wide(gate[1]))));
 }
 #endif
 """
@@ -181,7 +290,13 @@ def attention(batch: int, heads: int, kv_heads: int, head_dim: int, dtype: str) 
     row_length, context = symbol("row_length"), symbol("context")
     scale = math.log2(math.e) / math.sqrt(head_dim)
     size = (QUERIES + 4 * KEYS) * head_dim * 2
-    name = f"tvms_attention<{heads}, {kv_heads}, {head_dim}>"
+    code = tensor_core.SOURCE + warpgroup.source(head_dim) + _SOURCE
+    sizes = f"{heads}, {kv_heads}, {head_dim}"
+    tiles = (n + QUERIES - 1) // QUERIES
+    most = QUERIES * (CTAS // (2 * heads))  # tokens whose keys are split
+    splits = tvm.tirx.max(CTAS // (heads * tiles), 1)
+    split_rows = tvm.tirx.Select(n <= most, n, tvm.tirx.IntImm("int64", 1))
+    joined = tvm.tirx.max(tvm.tirx.min(n, most), 1)
 
     @T.prim_func(s_tir=True)
     def attention(
@@ -193,26 +308,51 @@ def attention(batch: int, heads: int, kv_heads: int, head_dim: int, dtype: str) 
         v_cache: T.Buffer((batch, kv_heads, context, head_dim), dtype),
         y: T.Buffer((n, heads * head_dim), dtype),
     ):
-        head = T.launch_thread("blockIdx.x", heads)
-        tile = T.launch_thread("blockIdx.y", (n + QUERIES - 1) // QUERIES)
-        thread = T.launch_thread("threadIdx.x", THREADS)
-        tiles = T.alloc_buffer((size,), "uint8", scope="shared.dyn")
-        T.evaluate(
-            T.cuda.func_call(
-                name,
-                q.data,
-                qkv.data,
-                T.address_of(k_cache[slot[0], 0, 0, 0]),
-                T.address_of(v_cache[slot[0], 0, 0, 0]),
-                y.data,
-                tiles.data,  # address_of would make TVM shrink it to one element
-                position[slot[0]],
-                T.float32(scale),
-                n,
-                row_length,
-                context,
-                source_code=tensor_core.SOURCE + _SOURCE,
+        sums = T.alloc_buffer((splits, split_rows, heads, head_dim), "float32", scope="global")
+        stats = T.alloc_buffer((splits, split_rows, heads, 2), "float32", scope="global")
+        with (
+            T.launch_thread("blockIdx.x", heads) as head,
+            T.launch_thread("blockIdx.y", tiles) as tile,
+            T.launch_thread("blockIdx.z", splits) as split,
+            T.launch_thread("threadIdx.x", THREADS) as thread,
+        ):
+            shared = T.alloc_buffer((size,), "uint8", scope="shared.dyn")
+            T.evaluate(
+                T.cuda.func_call(
+                    f"tvms_attention<{sizes}>",
+                    q.data,
+                    qkv.data,
+                    T.address_of(k_cache[slot[0], 0, 0, 0]),
+                    T.address_of(v_cache[slot[0], 0, 0, 0]),
+                    y.data,
+                    sums.data,
+                    stats.data,
+                    shared.data,  # address_of would make TVM shrink it to one element
+                    position[slot[0]],
+                    T.float32(scale),
+                    n,
+                    row_length,
+                    context,
+                    source_code=code,
+                )
             )
-        )
+        with (
+            T.launch_thread("blockIdx.x", heads) as head,
+            T.launch_thread("blockIdx.y", joined) as token,
+            T.launch_thread("threadIdx.x", head_dim // 2) as thread,
+        ):
+            T.evaluate(
+                T.cuda.func_call(
+                    f"tvms_attention_join<{heads}, {head_dim}>",
+                    sums.data,
+                    stats.data,
+                    qkv.data,
+                    y.data,
+                    T.cast(splits, "int32"),
+                    n,
+                    row_length,
+                    source_code=code,
+                )
+            )
 
     return attention
