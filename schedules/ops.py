@@ -16,10 +16,13 @@ in place, then outputs. Common to all:
 
 from __future__ import annotations
 
+import json
 from importlib import import_module
 
 import tvm
 from tvm.s_tir.stmt import SBlock, SBlockRealize
+
+from tvm_sparse.schedules.prologue import OPERATION_ATTR
 
 PrimFunc = tvm.tirx.PrimFunc
 
@@ -42,17 +45,25 @@ MODULES = {
     "causal_conv": "causal_conv",
     "gated_delta": "gated_delta",
     "gated_norm": "gated_norm",
+    "delta_step": "delta_step",
     "rope_append": "rope_append",
     "attention": "attention",
+    "attention_part": "attention_step",
+    "attention_join": "attention_step",
     "last_row": "last_row",
     "log_probs": "log_probs",
     "advance": "advance",
+    "pick_part": "pick",
+    "pick_join": "pick",
 }
 """Operation -> module under schedules/cpu and schedules/cuda that builds it."""
 
 
 class ModelOps:
     """The operations for one device, "cpu" or "cuda"."""
+
+    PICKS = 128
+    """Stretches of the vocabulary that pick_part looks at."""
 
     def __init__(self, device: str) -> None:
         if device not in ("cpu", "cuda"):
@@ -65,7 +76,8 @@ class ModelOps:
         key = (name, *static)
         if key not in self._built:
             module = import_module(f"tvm_sparse.schedules.{self.device}.{MODULES[name]}")
-            self._built[key] = as_kernel(getattr(module, name)(*static))
+            kernel = as_kernel(getattr(module, name)(*static))
+            self._built[key] = kernel.with_attr(OPERATION_ATTR, json.dumps(key))
         return self._built[key]
 
     def embedding(self, tokens: int | None, vocab: int, hidden: int, table_dtype: str, dtype: str) -> PrimFunc:
@@ -136,6 +148,24 @@ class ModelOps:
         """
         return self._build("gated_norm", tokens, key_heads, value_heads, key_dim, value_dim, eps, dtype)
 
+    def has_delta_step(self, key_heads: int, value_heads: int, value_dim: int) -> bool:
+        """Whether a decode step has `delta_step`: on a GPU, with as many value heads a key head as a cluster holds."""
+        if self.device == "cpu":
+            return False
+        from tvm_sparse.schedules.cuda.delta_step import splits_of
+
+        return splits_of(key_heads, value_heads, value_dim) > 0
+
+    def delta_step(
+        self, tokens: int, key_heads: int, value_heads: int, key_dim: int, value_dim: int, eps: float, dtype: str
+    ) -> PrimFunc:
+        """(mixed [n, P] dtype, w_conv [C, 4] f32, A_log [Vh] f32, dt_bias [Vh] f32, w_norm [Dv] f32,
+        conv_state [n, 3, C] f32 in place, state [n, Vh, Dk, Dv] f32 in place, y [n, Vh Dv] dtype).
+
+        causal_conv, gated_delta and gated_norm for one token of each of n sequences. Decode only.
+        """
+        return self._build("delta_step", tokens, key_heads, value_heads, key_dim, value_dim, eps, dtype)
+
     def rope_append(
         self,
         tokens: int | None,
@@ -181,6 +211,44 @@ class ModelOps:
         """
         return self._build("attention", tokens, batch, heads, kv_heads, head_dim, dtype)
 
+    def attention_shares(
+        self, tokens: int, heads: int, kv_heads: int, head_dim: int, rotary_dim: int, dtype: str
+    ) -> int:
+        """Into how many shares a decode step may split a context: 0 where it has no `attention_part`."""
+        if self.device == "cpu":
+            return 0
+        from tvm_sparse.schedules.cuda.attention_step import shares_of
+
+        return shares_of(tokens, heads, kv_heads, head_dim, rotary_dim, dtype)
+
+    def attention_part(
+        self,
+        tokens: int,
+        heads: int,
+        kv_heads: int,
+        head_dim: int,
+        rotary_dim: int,
+        theta: float,
+        eps: float,
+        dtype: str,
+    ) -> PrimFunc:
+        """(qkv [n, P] dtype, q_norm [D] f32, k_norm [D] f32, position [n], k_cache [n, Hkv, T, D] dtype in place,
+        v_cache likewise in place, sums [n, Hq, S, D] f32, marks [n, Hq, S, 2] f32).
+
+        rope_append and attention for one token of each of n sequences, as far as each of S shares of the context
+        goes: the sum of values with weights 2^(score - largest), the largest score (in base 2) and the sum of the
+        weights. Which shares a length uses, and leaves unwritten, is known to attention_join. Decode only.
+        """
+        return self._build(
+            "attention_part", tokens, heads, kv_heads, head_dim, rotary_dim, theta, eps, dtype
+        )
+
+    def attention_join(
+        self, tokens: int, heads: int, kv_heads: int, head_dim: int, rotary_dim: int, dtype: str
+    ) -> PrimFunc:
+        """(sums, marks, qkv [n, P] dtype, position [n], k_cache, y [n, Hq D] dtype): attention's result, gated."""
+        return self._build("attention_join", tokens, heads, kv_heads, head_dim, rotary_dim, dtype)
+
     def last_row(self, hidden: int, dtype: str) -> PrimFunc:
         """(x [n, hidden] dtype, y [1, hidden] dtype): the last token's row, n symbolic."""
         return self._build("last_row", hidden, dtype)
@@ -197,3 +265,14 @@ class ModelOps:
         nor moved before the reads of `position`.
         """
         return self._build("advance", tokens, batch, result_shape)
+
+    def pick_part(self, tokens: int, vocab: int) -> PrimFunc:
+        """(logits [n, vocab] f32, values [n, PICKS] f32, places [n, PICKS] int32): each stretch's largest logit.
+
+        Of equal ones the first. Only on a GPU, where logits do not have to come to the host.
+        """
+        return self._build("pick_part", tokens, vocab, self.PICKS)
+
+    def pick_join(self, tokens: int) -> PrimFunc:
+        """(values [n, PICKS] f32, places [n, PICKS] int32, ids [n] int32): the place of the largest. Only on a GPU."""
+        return self._build("pick_join", tokens, self.PICKS)

@@ -51,7 +51,13 @@ def signature(function: tvm.tirx.PrimFunc) -> list[tuple[str, ...]]:
 
 def test_operations_take_what_the_cpu_takes():
     on_gpu, on_cpu = (cases.operations(TINY, ModelOps(device)) for device in ("cuda", "cpu"))
-    assert {name: signature(f) for name, f in on_gpu.items()} == {name: signature(f) for name, f in on_cpu.items()}
+    assert all(signature(function) == signature(on_gpu[name]) for name, function in on_cpu.items())
+
+
+def test_the_gpu_scripts_know_the_shares_of_a_context():
+    for s in cases.SHAPES:
+        found = ModelOps("cuda").attention_shares(s.batch, s.heads, s.kv_heads, s.head_dim, s.rotary_dim, s.dtype)
+        assert found == s.shares
 
 
 @pytest.mark.parametrize("spec", specs(), ids=lambda spec: spec.name)

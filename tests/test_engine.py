@@ -84,6 +84,7 @@ def test_two_runs_give_the_same_bits(engine):
         (lambda e: e.prefill([256]), "token id 256 is outside the vocabulary of 256"),
         (lambda e: e.decode(-1), "token id -1"),
         (lambda e: e.score([1]), "needs two"),
+        (lambda e: e.refill(1, [1]), "no slot 1 in a batch of 1"),
         (lambda e: e.generate([1], temperature=-1), "temperature -1"),
         (lambda e: e.generate([1], top_p=0), "top-p 0"),
     ],

@@ -104,6 +104,17 @@ def test_a_batch_decodes_every_sequence_as_if_alone(tmp_path):
             assert np.abs(rows[i] - wanted).max() < 1e-4 * np.abs(wanted).max()
     assert engine.position == [9, 70, 5]
 
+    fresh = rng.integers(0, 512, 40).tolist()  # a new sequence in the middle slot, the others go on
+    assert np.abs(engine.refill(1, fresh) - reference(model, fresh)[-1]).max() < 1e-4 * np.abs(expected[1]).max()
+    after = rng.integers(0, 512, 3).tolist()
+    rows = engine.decode(after)
+    histories = [[*prompt, *(step[i] for step in further)] for i, prompt in enumerate(prompts)]
+    histories[1] = fresh
+    for i, history in enumerate(histories):
+        wanted = reference(model, [*history, after[i]])[-1]
+        assert np.abs(rows[i] - wanted).max() < 1e-4 * np.abs(wanted).max()
+    assert engine.position == [10, 41, 6]
+
 
 def test_the_shipped_sparse_model_through_the_build_command(shipped_float32):
     """Packed weights, float32 activations: logits, log-probabilities and greedy text of the same weights."""

@@ -20,7 +20,7 @@ from tvm_sparse.models.config import ModelConfig
 from tvm_sparse.models.qwen3_5 import CHUNKS, build_module, state_tensors
 from tvm_sparse.passes.annotate_sparsity import AnnotateSparsity
 from tvm_sparse.passes.apply_schedules import ApplySchedules
-from tvm_sparse.passes.bundle_parameters import BundleParameters
+from tvm_sparse.passes.bundle_parameters import NUM_STATE_ATTR, BundleParameters
 from tvm_sparse.passes.fold_recurrent_layers import FoldRecurrentLayers
 from tvm_sparse.passes.fuse_projections import FuseProjections
 from tvm_sparse.passes.lower_sparse_matmul import LowerSparseMatmul
@@ -128,7 +128,7 @@ def _params(mod: tvm.IRModule) -> tuple[str, ...]:
     orders = {
         tuple(param.name for param in function.params[int(function.attrs["num_input"]) :])
         for function in mod.functions.values()
-        if isinstance(function, relax.Function)
+        if isinstance(function, relax.Function) and NUM_STATE_ATTR in (function.attrs or {})
     }
     assert len(orders) == 1, "the functions of one library take the same weights in the same order"
     return orders.pop()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import tvm
 from tvm.script import tirx as T
 
+from tvm_sparse.schedules.cuda.dependent_launch import dependent, start_dependents, wait_for_inputs
 from tvm_sparse.schedules.cuda.device_code import token_dim
 
 
@@ -27,9 +28,11 @@ def advance(
         ):
             block = T.launch_thread("blockIdx.x", 1)
             thread = T.launch_thread("threadIdx.x", 1)
+            start_dependents()
+            wait_for_inputs()
             position[slot[0]] = position[slot[0]] + T.cast(n, "int32")
 
-        return advance
+        return dependent(advance)
 
     @T.prim_func(s_tir=True)
     def advance_each(
@@ -40,6 +43,8 @@ def advance(
     ):
         sequence = T.launch_thread("blockIdx.x", threads)
         thread = T.launch_thread("threadIdx.x", 1)
+        start_dependents()
+        wait_for_inputs()
         position[sequence] = position[sequence] + 1
 
-    return advance_each
+    return dependent(advance_each)

@@ -1,10 +1,14 @@
-"""Rows of the embedding table, on a GPU: one CTA a token."""
+"""Rows of the embedding table, on a GPU: one CTA a token.
+
+The first kernel of a step, launched in the ordinary way: see dependent_launch.py.
+"""
 
 from __future__ import annotations
 
 import tvm
 from tvm.script import tirx as T
 
+from tvm_sparse.schedules.cuda.dependent_launch import start_dependents
 from tvm_sparse.schedules.cuda.device_code import token_dim
 
 THREADS = 256
@@ -24,7 +28,8 @@ def embedding(
     ):
         token = T.launch_thread("blockIdx.x", n)
         thread = T.launch_thread("threadIdx.x", THREADS)
-        for step in range(T.ceildiv(hidden, THREADS)):
+        start_dependents()
+        for step in T.unroll(T.ceildiv(hidden, THREADS)):
             if step * THREADS + thread < hidden:
                 y[token, step * THREADS + thread] = T.cast(
                     table[ids[token], step * THREADS + thread], dtype

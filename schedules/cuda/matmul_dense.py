@@ -11,6 +11,7 @@ import tvm
 from tvm.script import tirx as T
 
 from tvm_sparse.schedules.cuda import matmul_mma
+from tvm_sparse.schedules.cuda.dependent_launch import dependent, read_quad, start_dependents, wait_for_inputs
 from tvm_sparse.schedules.cuda.device_code import WARP, f32
 from tvm_sparse.schedules.cuda.token_tile import tile_decision, tokens_of
 from tvm_sparse.schedules.spec import KernelSpec
@@ -38,9 +39,11 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
 
 
 def _one_token(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
+    """Launched early: a row's first loads are on their way before x is there."""
     n, k = spec.n, spec.k
     warps, depth = decisions["warps"], decisions["depth"]
     loads = k // 8
+    steps = -(-loads // (WARP * depth))
 
     @T.prim_func(s_tir=True)
     def matmul_dense(
@@ -50,36 +53,37 @@ def _one_token(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimF
     ):
         block = T.launch_thread("blockIdx.x", T.ceildiv(n, warps))
         thread = T.launch_thread("threadIdx.x", warps * WARP)
-        x_pairs = T.decl_buffer((k // 2,), "uint32", data=x.data)
-        w_pairs = T.decl_buffer((n, k // 2), "uint32", data=weight.data)
         lane: T.let[T.int32] = thread % WARP
-        row: T.let[T.int32] = block * warps + thread // WARP
+        row: T.let[T.int32] = T.min(block * warps + thread // WARP, n - 1)  # warps past the end repeat the last row
         w = T.alloc_buffer((depth * 4,), "uint32", scope="local")
         v = T.alloc_buffer((4,), "uint32", scope="local")
         total = T.alloc_buffer((1,), "float32", scope="local")
-        if row < n:
-            total[0] = T.float32(0)
-            for step in range(T.ceildiv(loads, WARP * depth)):
-                for d in T.unroll(depth):
-                    if (step * depth + d) * WARP + lane < loads:
-                        for i in T.vectorized(4):
-                            w[d * 4 + i] = w_pairs[row, ((step * depth + d) * WARP + lane) * 4 + i]
-                for d in T.unroll(depth):
-                    if (step * depth + d) * WARP + lane < loads:
-                        for i in T.vectorized(4):
-                            v[i] = x_pairs[((step * depth + d) * WARP + lane) * 4 + i]
-                        for i in T.unroll(4):
-                            total[0] += T.reinterpret(
-                                "float32", T.shift_left(w[d * 4 + i], T.uint32(16))
-                            ) * T.reinterpret("float32", T.shift_left(v[i], T.uint32(16)))
-                            total[0] += T.reinterpret(
-                                "float32", w[d * 4 + i] & T.uint32(0xFFFF0000)
-                            ) * T.reinterpret("float32", v[i] & T.uint32(0xFFFF0000))
-            total[0] = T.cuda.warp_sum(total[0])
-            if lane == 0:
-                y[0, row] = T.cast(total[0], spec.out_dtype)
+        start_dependents()
+        for d in T.unroll(depth):
+            if d * WARP + lane < loads:
+                read_quad(weight[row, (d * WARP + lane) * 8], w[d * 4], once=True)
+        wait_for_inputs()
+        total[0] = T.float32(0)
+        for step in range(steps):
+            for d in T.unroll(depth):
+                if (step * depth + d) * WARP + lane < loads:
+                    read_quad(x[0, ((step * depth + d) * WARP + lane) * 8], v[0])
+                    for i in T.unroll(4):
+                        total[0] += T.reinterpret(
+                            "float32", T.shift_left(w[d * 4 + i], T.uint32(16))
+                        ) * T.reinterpret("float32", T.shift_left(v[i], T.uint32(16)))
+                        total[0] += T.reinterpret(
+                            "float32", w[d * 4 + i] & T.uint32(0xFFFF0000)
+                        ) * T.reinterpret("float32", v[i] & T.uint32(0xFFFF0000))
+                if ((step + 1) * depth + d) * WARP + lane < loads:
+                    read_quad(
+                        weight[row, (((step + 1) * depth + d) * WARP + lane) * 8], w[d * 4], once=True
+                    )
+        total[0] = T.cuda.warp_sum(total[0])
+        if lane == 0:
+            y[0, row] = T.cast(total[0], spec.out_dtype)
 
-    return matmul_dense
+    return dependent(matmul_dense)
 
 
 def _any(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:

@@ -86,10 +86,18 @@ class Shape:
     def channels(self) -> int:
         return 2 * self.key_heads * self.key_dim + self.value_heads * self.value_dim
 
+    @property
+    def shares(self) -> int:
+        """As ModelOps.attention_shares, which needs TVM's compiler; a test compares them."""
+        fits = self.dtype == "bfloat16" and self.head_dim % 64 == 0
+        return min(64, 128 // (self.batch * self.kv_heads)) if fits else 0
+
 
 SHAPES = (
     Shape("large", 2, 5120, 17408, 16, 48, 128, 128, 24, 4, 256, 64, 248320, "bfloat16"),
     Shape("tiny", 3, 64, 160, 2, 6, 16, 16, 4, 2, 32, 8, 512, "float32"),
+    Shape("one", 1, 5120, 17408, 16, 48, 128, 128, 24, 4, 256, 64, 512, "bfloat16"),
+    Shape("narrow", 5, 128, 256, 4, 8, 32, 32, 8, 1, 64, 16, 512, "bfloat16"),
     Shape("odd", 2, 100, 77, 3, 3, 24, 40, 5, 1, 96, 24, 1001, "bfloat16"),
 )
 
@@ -113,6 +121,15 @@ def operations(shape: Shape, ops) -> dict[str, object]:
             "attention": ops.attention(t, s.batch, s.heads, s.kv_heads, s.head_dim, s.dtype),
             "advance": ops.advance(t, s.batch, (1 if t is None else t, s.vocab)),
         }
+        if t is not None and ops.has_delta_step(s.key_heads, s.value_heads, s.value_dim):
+            built["delta_step"] = ops.delta_step(t, *delta, s.eps, s.dtype)
+        attention = (s.heads, s.kv_heads, s.head_dim, s.rotary_dim)
+        if t is not None and ops.attention_shares(t, *attention, s.dtype):
+            built["attention_part"] = ops.attention_part(t, *attention, s.theta, s.eps, s.dtype)
+            built["attention_join"] = ops.attention_join(t, *attention, s.dtype)
+        if t is not None and ops.device == "cuda":
+            built["pick_part"] = ops.pick_part(t, s.vocab)
+            built["pick_join"] = ops.pick_join(t)
         found |= {f"{s.name}_{name}_{tag}": function for name, function in built.items()}
     found[f"{s.name}_last_row_p"] = ops.last_row(s.hidden, s.dtype)
     found[f"{s.name}_log_probs_p"] = ops.log_probs(s.vocab)

@@ -102,6 +102,20 @@ class Checks:
         self.call(f"gated_norm_{tag}", o.tensor, mixed, w, y)
         self.note(f"gated_norm_{tag}", y.tensor, reference.gated_norm(s, o.tensor, mixed, w))
 
+        if tag == "d":
+            window = self.floats(s.batch, 3, s.channels)
+            memory = self.floats(s.batch, s.value_heads, s.key_dim, s.value_dim)
+            wanted, wanted_window, wanted_memory = [], window.double(), memory.double()
+            for i, part in sequences:
+                conv, wanted_window[i] = reference.causal_conv(s, mixed[part], taps, window[i])
+                out, wanted_memory[i] = reference.gated_delta(s, conv, mixed[part], a_log, dt, memory[i])
+                wanted.append(reference.gated_norm(s, out, mixed[part], w))
+            y = Output(n, width, dtype=self.dtype)
+            self.call("delta_step_d", mixed, taps, a_log, dt, w, window, memory, y)
+            self.note("delta_step_d", y.tensor, torch.cat(wanted))
+            self.note("delta_step_window_d", window, wanted_window)
+            self.note("delta_step_state_d", memory, wanted_memory)
+
         qkv = self.random(n, 2 * (s.heads + s.kv_heads) * s.head_dim)
         q_norm, k_norm = self.floats(s.head_dim), self.floats(s.head_dim)
         caches = [self.random(s.batch, s.kv_heads, CONTEXT, s.head_dim) for _ in range(2)]
@@ -130,6 +144,10 @@ class Checks:
         self.call(f"attention_{tag}", q.tensor, qkv, slot, position, *caches, y)
         self.note(f"attention_{tag}", y.tensor, torch.cat(wanted))
 
+        if tag == "d" and s.shares:
+            for held in (0, 1, 15, 64, 65, 700, 8000):
+                self.attention_step(qkv, q_norm, k_norm, held)
+
         before = position.clone()
         result = self.floats(1 if tag == "p" else n, s.vocab)
         kept = result.clone()
@@ -137,6 +155,15 @@ class Checks:
         before[slot_value if tag == "p" else slice(None)] += n if tag == "p" else 1
         right = torch.equal(before, position) and torch.equal(kept, result)
         self.results.append((f"{s.name}_advance_{tag}", 0.0, right))
+
+        if tag == "d":
+            logits = (self.floats(n, s.vocab) * 4).round() / 4  # many equal ones: the first wins
+            values, places = Output(n, 128, dtype=torch.float32), torch.zeros(n, 128, dtype=torch.int32, device=DEVICE)
+            chosen = torch.full((n,), -1, dtype=torch.int32, device=DEVICE)
+            self.call("pick_part_d", logits, values, places)
+            self.call("pick_join_d", values, places, chosen)
+            first = torch.from_numpy(logits.cpu().numpy().argmax(1)).to(DEVICE)
+            self.results.append((f"{s.name}_pick", 0.0, torch.equal(chosen.long(), first)))
 
         if tag == "p":
             y = Output(1, s.hidden, dtype=self.dtype)
@@ -147,6 +174,31 @@ class Checks:
             self.call("log_probs_p", logits, ids, y)
             rows = torch.arange(n, device=DEVICE)
             self.note("log_probs_p", y.tensor, logits.double().log_softmax(1)[rows, ids.long()])
+
+    def attention_step(self, qkv: torch.Tensor, q_norm: torch.Tensor, k_norm: torch.Tensor, held: int) -> None:
+        """Both kernels of a decode step, sequences of different lengths, what lies past them poisoned."""
+        s, n = self.s, self.s.batch
+        position = (held + torch.arange(n, device=DEVICE) * 37).int()
+        caches = [self.random(n, s.kv_heads, held + 37 * n + 1, s.head_dim) for _ in range(2)]
+        for i, length in enumerate(position.tolist()):
+            for cache in caches:
+                cache[i, :, length:] = float("nan")
+        q, gate, k, v = reference.split_qkv(s, qkv)
+        q = reference.rope(s, reference.rms_norm(q, q_norm, s.eps), position)
+        k = reference.rope(s, reference.rms_norm(k, k_norm, s.eps), position)
+        sums, marks = (Output(n, s.heads, s.shares, size, dtype=torch.float32) for size in (s.head_dim, 2))
+        y, again = (Output(n, s.heads * s.head_dim, dtype=self.dtype) for _ in range(2))
+        for out in (y, again):
+            self.call("attention_part_d", qkv, q_norm, k_norm, position, *caches, sums, marks)
+            self.call("attention_join_d", sums, marks, qkv, position, caches[0], out)
+        wanted = []
+        for i, length in enumerate(position.tolist()):
+            self.note("attention_part_k", caches[0][i, :, length], k[i])
+            self.note("attention_part_v", caches[1][i, :, length], v[i].double())
+            part = slice(i, i + 1)
+            wanted.append(reference.attention(s, q[part], gate[part], caches[0][i], caches[1][i], length))
+        self.note(f"attention_step_{held}", y.tensor, torch.cat(wanted))
+        self.results.append((f"{s.name}_attention_step_twice", 0.0, torch.equal(y.tensor, again.tensor)))
 
 
 def main(library: str, *names: str) -> None:

@@ -1,7 +1,7 @@
 """Decode speed of a library built without weights, on random ones: python tests/gpu/time_model.py ARTEFACT
 
 One matrix of every shape is packed and copied for each layer, so bytes are those of a real model. Prints the time of a
-captured decode step and of the same step launched kernel by kernel, at a few positions.
+captured decode step and of the same step launched kernel by kernel, at a few positions, and what each kernel takes.
 """
 
 from __future__ import annotations
@@ -18,6 +18,8 @@ import torch  # noqa: E402
 import tvm_ffi  # noqa: E402
 from host import DEVICE, load  # noqa: E402
 
+from tvm_sparse.bench.account import account  # noqa: E402
+from tvm_sparse.bench.tables import render  # noqa: E402
 from tvm_sparse.formats import FORMATS  # noqa: E402
 from tvm_sparse.layout import make_layout  # noqa: E402
 from tvm_sparse.models.config import ModelConfig  # noqa: E402
@@ -55,6 +57,7 @@ def main(artefact: str) -> None:
     def array(tensors: list[torch.Tensor]):
         return tvm_ffi.convert([tvm_ffi.from_dlpack(tensor) for tensor in tensors])
 
+    torch.manual_seed(0)
     began = time.perf_counter()
     tensors = random_params(facts, names)
     params = array(tensors)
@@ -87,6 +90,18 @@ def main(artefact: str) -> None:
     graph = torch.cuda.CUDAGraph()
     with tvm_ffi.use_torch_stream(torch.cuda.graph(graph)):
         step()
+    digests = []
+    for _ in range(2):
+        for tensor in (position, *state):
+            tensor.zero_()
+        for token in range(4):
+            ids.fill_(100 + token)
+            graph.replay()
+        digests.append(torch.from_dlpack(results[0]).clone())
+    best = digests[0][0].topk(3)
+    print(f"after 4 tokens: {best.indices.tolist()} {[round(v, 4) for v in best.values.tolist()]}, |logits| "
+          f"{float(digests[0].norm()):.4f}, two runs equal {torch.equal(*digests)}")  # fmt: skip
+
     for at in (0, 512, context - 64):
         position.fill_(at)
         for _ in range(3):
@@ -99,7 +114,12 @@ def main(artefact: str) -> None:
         torch.cuda.synchronize()
         took = start.elapsed_time(end) / 30
         finite = bool(torch.isfinite(torch.from_dlpack(results[0])).all())
-        print(f"captured, position {at}: {took:.2f} ms a token, {1e3 / took:.0f} tokens/s, finite {finite}")
+        print(f"captured, position {at}: {took:.3f} ms a token, {1e3 / took:.0f} tokens/s, finite {finite}")
+
+    for at in (0, context - 64):
+        position.fill_(at)
+        rows = account(graph.replay)
+        print(render(rows, "md", {"position": at, "us": round(sum(row["us a step"] for row in rows), 1)}), flush=True)
 
     prompt = torch.randint(1000, (256,), dtype=torch.int32, device=DEVICE)
     position.fill_(0)

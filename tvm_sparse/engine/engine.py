@@ -59,6 +59,7 @@ class Engine:
         self.memory.require(self._device.free_memory() + weights.resident, device, folder)
         vm = self._device.load_vm(self._folder / LIBRARY)
         self._prefill, self._decode, self._score = vm["prefill"], vm["decode"], vm["score"]
+        self._pick = vm["pick"] if self._device.kind == "cuda" else None
         self._params = self._device.array([weights.tensor(name, self._device) for name in facts["params"]])
         self._state_tensors = [
             self._device.zeros(tuple(self.context if d == "context" else d for d in each["shape"]), each["dtype"])
@@ -72,6 +73,7 @@ class Engine:
         self._positions = [0] * self.batch
         self._steps = 0
         self._captured: CapturedStep | None = None
+        self._picked: int | None = None  # the id that stands in _step_ids already
 
     @property
     def position(self) -> int | list[int]:
@@ -113,6 +115,18 @@ class Engine:
         self._device.clear(self._position)
         self._positions = [0] * self.batch
 
+    def refill(self, slot: int, ids: Sequence[int]) -> np.ndarray:
+        """A new sequence in one slot, the others as they are; float32 logits [vocab] after its last token."""
+        if not 0 <= slot < self.batch:
+            raise Refusal(f"no slot {slot} in a batch of {self.batch}: slots are 0 to {self.batch - 1}")
+        self._require_room(slot, ids, held=0)
+        for tensor, transient in zip(self._state_tensors, self._transient, strict=True):
+            if transient:
+                self._device.clear(tensor, slot)
+        self._positions[slot] = 0
+        self._device.upload(self._position, np.array(self._positions, np.int32))
+        return self._prefill_slot(slot, ids)
+
     def prefill(self, ids: Sequence[int] | Sequence[Sequence[int]]) -> np.ndarray:
         """Puts tokens into the caches; float32 logits [vocab] (or [batch, vocab]) after the last of them."""
         rows = [self._prefill_slot(slot, each) for slot, each in enumerate(self._per_slot(ids))]
@@ -127,16 +141,15 @@ class Engine:
             self._require_room(slot, tokens[slot : slot + 1])
         self._device.upload(self._step_ids, np.array(tokens, np.int32))
         logits = self._device.download(self._decode_step())
-        self._positions = [position + 1 for position in self._positions]
         return logits[0] if self.batch == 1 else logits
 
     def advance(self, count: int) -> None:
-        """`count` decode steps that feed the last token again and leave their logits on the device: for measuring."""
+        """`count` decode steps whose logits stay on the device, on a GPU each with the greedy token of the one before:
+        for measuring."""
         for slot in range(self.batch):
             self._require_room(slot, [0] * count)
         for _ in range(count):
             logits = self._decode_step()
-        self._positions = [position + count for position in self._positions]
         self._device.download(logits)
 
     def score(self, ids: Sequence[int] | Sequence[Sequence[int]]) -> np.ndarray | list[np.ndarray]:
@@ -174,15 +187,26 @@ class Engine:
     def _new_ids(self, ids: list[int], count: int, sampling: Sampling, seed: int) -> Iterator[int]:
         self.reset()
         random = np.random.default_rng(seed)
-        logits = self.prefill(ids)
+        following = sampling.choose(self.prefill(ids), random)
         for remaining in range(count, 0, -1):
-            token = sampling.choose(logits, random)
+            token = following
             if token in self.eos_token_ids:
                 return
             yield token
             if remaining == 1 or self._positions[0] == self.context:
                 return
-            logits = self.decode(token)
+            if sampling.temperature == 0 and self._pick is not None:
+                following = self._greedy(token)
+            else:
+                following = sampling.choose(self.decode(token), random)
+
+    def _greedy(self, token: int) -> int:
+        """decode, and the likeliest next token: four bytes come back, and stay where the next step reads them."""
+        if token != self._picked:
+            self._device.upload(self._step_ids, np.array([token], np.int32))
+        self._decode_step()
+        self._picked = int(self._device.download(self._step_ids)[0])
+        return self._picked
 
     def _prefill_slot(self, slot: int, ids: Sequence[int]) -> np.ndarray:
         self._require_room(slot, ids)
@@ -211,6 +235,8 @@ class Engine:
         return np.concatenate(found)
 
     def _decode_step(self) -> Any:
+        self._picked = None
+        self._positions = [position + 1 for position in self._positions]
         if self._captured is not None:
             return self._captured()
         if self._device.kind == "cuda" and self._steps == _WARM_UP:
@@ -220,7 +246,11 @@ class Engine:
         return self._call_decode()
 
     def _call_decode(self) -> Any:
-        return self._decode(self._step_ids, self._slot, self._position, self._state, self._params)
+        """Logits on the device; on a GPU the ids of the next step are the likeliest ones already."""
+        logits = self._decode(self._step_ids, self._slot, self._position, self._state, self._params)
+        if self._pick is not None:
+            self._pick(logits, self._step_ids)
+        return logits
 
     def _per_slot(self, ids: Sequence[int] | Sequence[Sequence[int]]) -> list[Sequence[int]]:
         rows: list = [ids] if self.batch == 1 else list(ids)
@@ -233,10 +263,10 @@ class Engine:
         self._device.upload(tensor, np.array(ids, np.int32))
         return tensor
 
-    def _require_room(self, slot: int, ids: Sequence[int]) -> None:
+    def _require_room(self, slot: int, ids: Sequence[int], held: int | None = None) -> None:
         if not len(ids):
             raise Refusal("no tokens given: a prompt needs at least one")
-        held = self._positions[slot]
+        held = self._positions[slot] if held is None else held
         if held + len(ids) > self.context:
             after = f" after {held} tokens" if held else ""
             raise Refusal(

@@ -124,12 +124,15 @@ class Device:
         self.clear(tensor)
         return tensor
 
-    def clear(self, tensor: Any) -> None:
-        """Sets every byte to zero."""
-        size = nbytes(tensor)
+    def clear(self, tensor: Any, row: int | None = None) -> None:
+        """Sets every byte to zero, or those of one row of the first dimension."""
+        size, start = nbytes(tensor), tensor.data_ptr()
+        if row is not None:
+            size //= int(tensor.shape[0])
+            start += row * size
         if self._cudart is None:
-            ctypes.memset(tensor.data_ptr(), 0, size)
-        elif self._cudart.cudaMemset(ctypes.c_void_p(tensor.data_ptr()), 0, ctypes.c_size_t(size)):
+            ctypes.memset(start, 0, size)
+        elif self._cudart.cudaMemset(ctypes.c_void_p(start), 0, ctypes.c_size_t(size)):
             raise RuntimeError("cudaMemset failed")
 
     def upload(self, tensor: Any, data: np.ndarray) -> None:

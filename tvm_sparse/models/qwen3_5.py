@@ -91,7 +91,23 @@ def build_module(
     ops = ModelOps(device)
     for name in ("prefill", "decode", "score"):
         _Writer(name, builder, ops, config, layout, dtype, batch, weight_dtype or dtype, wide).write()
+    if device == "cuda":
+        _write_pick(builder, ops, batch, config.vocab_size)
     return builder.finalize()
+
+
+def _write_pick(builder: relax.BlockBuilder, ops: ModelOps, batch: int, vocab: int) -> None:
+    """pick(logits [B, V], ids [B]): each sequence's likeliest token becomes the next step's input, on the device."""
+    logits, ids = _var("logits", (batch, vocab), "float32"), _var("ids", (batch,), "int32")
+    part, join = (builder.add_func(kernel, kernel_name) for kernel, kernel_name in (
+        (ops.pick_part(batch, vocab), "pick_part"), (ops.pick_join(batch), "pick_join")))  # fmt: skip
+    with builder.function("pick", [logits, ids]):
+        with builder.dataflow():
+            winners = [relax.TensorType((batch, ops.PICKS), dtype) for dtype in ("float32", "int32")]
+            found = builder.emit(relax.op.call_tir(part, relax.Tuple([logits]), winners))
+            arguments = relax.Tuple([*(builder.emit(relax.TupleGetItem(found, i)) for i in range(2)), ids])
+            chosen = builder.emit_output(relax.op.call_tir_inplace(join, arguments, [2], [ids.ty]))
+        builder.emit_func_output(chosen)
 
 
 class _Writer:
@@ -196,6 +212,15 @@ class _Writer:
         conv_state, recurrent = (self.state[f"layers.{layer}.{name}"] for name in ("conv_state", "recurrent_state"))
         # [n, P]: q | k | v (C columns), z, b, a
         mixed = self.project_all(y, [f"{inside}.in_proj_{part}.weight" for part in ("qkv", "z", "b", "a")])
+        if self.tokens is not None and self.ops.has_delta_step(sizes[0], sizes[1], sizes[3]):
+            names = ("conv1d.weight", "A_log", "dt_bias", "norm.weight")
+            vectors = [self.weights[f"{inside}.{name}"] for name in names]
+            o, _, _ = self.call(
+                "delta_step", (*sizes, c.rms_norm_eps, self.dtype), [mixed, *vectors, conv_state, recurrent],
+                [((self.n, c.value_dim), self.dtype), *((t.ty.shape, "float32") for t in (conv_state, recurrent))],
+                in_place=[-1, 5, 6],
+            )  # fmt: skip
+            return self.project(o, f"{inside}.out_proj.weight")
         qkv, _ = self.call(
             "causal_conv", (self.batch, c.conv_dim, self.dtype),
             [mixed, self.weights[f"{inside}.conv1d.weight"], self.slot, conv_state],
@@ -220,10 +245,22 @@ class _Writer:
         cache = (k_cache.ty.shape, self.dtype)
         # [n, P]: each query head's q | gate, then k, v
         qkv = self.project_all(y, [f"{inside}.{part}_proj.weight" for part in ("q", "k", "v")])
+        norms = [self.weights[f"{inside}.{part}_norm.weight"] for part in "qk"]
+        if self.tokens is not None and (shares := self.ops.attention_shares(*sizes, c.rotary_dim, self.dtype)):
+            sums, marks, k_cache, v_cache = self.call(
+                "attention_part", (*sizes[1:], c.rotary_dim, c.rope_theta, c.rms_norm_eps, self.dtype),
+                [qkv, *norms, self.position, k_cache, v_cache],
+                [((self.n, sizes[1], shares, size), "float32") for size in (c.head_dim, 2)] + [cache, cache],
+                in_place=[-1, -1, 4, 5],
+            )  # fmt: skip
+            o = self.call(
+                "attention_join", (*sizes[1:], c.rotary_dim, self.dtype), [sums, marks, qkv, self.position, k_cache],
+                [((self.n, c.query_dim), self.dtype)],
+            )  # fmt: skip
+            return self.project(o, f"{inside}.o_proj.weight")
         q, k_cache, v_cache = self.call(
             "rope_append", (*sizes, c.rotary_dim, c.rope_theta, c.rms_norm_eps, self.dtype),
-            [qkv, *(self.weights[f"{inside}.{part}_norm.weight"] for part in "qk"),
-             self.slot, self.position, k_cache, v_cache],
+            [qkv, *norms, self.slot, self.position, k_cache, v_cache],
             [((self.n, c.query_dim), "float32"), cache, cache], in_place=[-1, 5, 6],
         )  # fmt: skip
         o = self.call(
