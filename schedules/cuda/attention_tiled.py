@@ -5,9 +5,9 @@ it may see by 64, the next keys and values on their way meanwhile. A warp owns 1
 maximum and sum and their weighted values stay in its registers: scores, as sums of one product, become weights, the
 operand of the next. Products are bfloat16 with float32 sums, as are the caches; the softmax is float32.
 
-Shared memory: queries [128, D] | keys [64, D] twice | values [64, D] twice, each in panels of 64 columns with rows as in
-tensor_core.py. On an H200 four warps multiply together (warpgroup.py), and the scores of the next keys are on their way
-while weights are made of these. The tiles that see most keys come first, so that the short ones fill the end.
+Shared memory: queries [128, D] | keys [64, D] twice | values [64, D] twice, each in panels of 64 columns with rows as
+in tensor_core.py. On an H200 four warps multiply together (warpgroup.py), and the scores of the next keys are on their
+way while weights are made of these. The tiles that see most keys come first, so that the short ones fill the end.
 """
 
 from __future__ import annotations

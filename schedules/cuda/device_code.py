@@ -29,6 +29,23 @@ __device__ __forceinline__ float tvms_block_{name}(float value) {{
 _BLOCK_SUM = _REDUCE.format(name="sum", combine="__fadd_rn", neutral="0.f")
 _BLOCK_MAX = _REDUCE.format(name="max", combine="fmaxf", neutral="-INFINITY")
 
+_SILU = """
+#ifndef TVMS_SILU
+#define TVMS_SILU
+__device__ __forceinline__ float tvms_silu(float x) {
+  // x / (1 + e^-x) in six instructions, where exact exp and division take seventy; error below 2^-22 (1 + |x|) silu(x).
+#ifdef __CUDA_ARCH__
+  float power, inverse;
+  asm("ex2.approx.ftz.f32 %0, %1;" : "=f"(power) : "f"(-1.4426950408889634f * x));
+  asm("rcp.approx.ftz.f32 %0, %1;" : "=f"(inverse) : "f"(1.f + power));
+  return x * inverse;
+#else
+  return x / (1.f + expf(-x));
+#endif
+}
+#endif
+"""
+
 
 def token_dim(tokens: int | None) -> int | tvm.tirx.Var:
     """The first dimension of an operation: its number of tokens, symbolic where it is not given."""
@@ -59,7 +76,7 @@ def f32(value: tvm.tirx.Expr) -> tvm.tirx.Expr:
 
 
 def silu(value: tvm.tirx.Expr) -> tvm.tirx.Expr:
-    return value / (T.float32(1) + T.exp(-value))
+    return T.cuda.func_call("tvms_silu", value, source_code=_SILU, return_type="float32")
 
 
 def softplus(value: tvm.tirx.Expr) -> tvm.tirx.Expr:
