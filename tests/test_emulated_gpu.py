@@ -27,6 +27,7 @@ CASES = {
     "float32": ((4, 1, 2, 8, 8), (20, 200), 1, 1, "float32", "float32", {"depth": 3}),
     "three-tokens": ((4, 3, 2, 8, 4), (90, 128), 3, 3, "bfloat16", "float32", {}),
     "two-tokens": ((5, 3, 2, 4, 4), (90, 128), 2, 2, "bfloat16", "float32", {}),
+    "wide-columns": ((6, 2, 3, 32, 8), (40, 200), 3, 3, "float32", "float32", {}),
     "many-tokens": ((4, 2, 3, 16, 4), (65, 96), 11, None, "bfloat16", "bfloat16", {}),
     "full-bin": ((4, 1, 2, 1, 8), (34, 8), 1, 1, "bfloat16", "float32", {}),
     "few-words": ((4, 5, 8, 8, 4), (9, 8), 2, None, "float32", "float32", {}),

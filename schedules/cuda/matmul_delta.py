@@ -186,7 +186,9 @@ def chunk_code(gap_bits: int, tile: int, width: int, unit: int) -> tuple[str, st
         low = j % 2 == 0
         shift = (15 if low else 31) - gap_bits
         offset = j * step
-        lines.append(f"  *at += __umulhi({word} & {gap << shift:#x}u, {1 << (32 - shift + log):#x}u);")
+        field = f"{word} & {gap << shift:#x}u"
+        scaled = f"__umulhi({field}, {1 << (32 - shift + log):#x}u)" if log < shift else f"({field}) << {log - shift}"
+        lines.append(f"  *at += {scaled};")
         lines.append(f"  v = __uint_as_float({f'({word} << 16)' if low else word} & {value:#x}u);")
         for quad in range(-(-tile // 4)):
             lines.append(f"  a = tvms_get{vector if vector > 1 else ''}(*at + past + {offset + 16 * quad});")
