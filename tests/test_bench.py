@@ -50,6 +50,17 @@ def test_a_wrong_kernel_is_never_timed(monkeypatch):
         main([*SMALL, "--batch", "1"])
 
 
+def test_rows_before_a_failure_are_kept(tmp_path, capsys):
+    def rows():
+        yield {"shape": "64x64", "sparsity": 0.5, "batch": 1, "format": "delta", "ratio": 2.0}
+        raise RuntimeError("wrong result")
+
+    with pytest.raises(RuntimeError):
+        publish(parse(["--target", "h200", "--out", str(tmp_path)]), rows(), {"machine": "NVIDIA H200"})
+    assert "64x64" in capsys.readouterr().out
+    assert len(json.loads((tmp_path / "kernels.json").read_text())["rows"]) == 1
+
+
 def test_rows_of_several_runs_are_merged_by_key(tmp_path):
     """A row measured again replaces the old one, with its own command and date; the means and the plot see them all."""
     options = parse(["--target", "h200", "--out", str(tmp_path)])

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import platform
 import sys
+from collections.abc import Iterator
 from functools import partial
 from math import ceil
 
@@ -24,17 +25,16 @@ from tvm_sparse.plan import decide
 from tvm_sparse.schedules.records import Records
 
 
-def measure_all(options: Options, threads: int) -> list[Row]:
+def measure_all(options: Options, threads: int) -> Iterator[Row]:
     set_threads(threads)
-    rows = []
     for shape in options.shapes:
         for sparsity in options.sparsities:
             weight = random_sparse(shape, sparsity)
             for batch in options.batches:
-                rows.append(measure_one(options, threads, weight, sparsity, batch))
+                row = measure_one(options, threads, weight, sparsity, batch)
                 if sys.stderr.isatty():
-                    print(f"  {rows[-1]}", file=sys.stderr)
-    return rows
+                    print(f"  {row}", file=sys.stderr)
+                yield row
 
 
 def random_sparse(shape: tuple[int, int], sparsity: float, seed: int = 0) -> torch.Tensor:

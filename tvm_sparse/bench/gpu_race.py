@@ -6,7 +6,7 @@ Nothing here imports TVM's compiler: a library built elsewhere runs.
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
 import torch
@@ -49,8 +49,8 @@ def choose(options: Options, stats: Stats, tokens: int) -> FormatChoice:
     return (*FORMATS[options.packed].choices(stats, options.machine), DENSE)[0]
 
 
-def measure_all(options: Options, library: Path) -> list[Row]:
-    lane, rows = _Lane(options, library), []
+def measure_all(options: Options, library: Path) -> Iterator[Row]:
+    lane = _Lane(options, library)
     for shape in options.shapes:
         dense: dict[int, dict[str, Times | None]] = {}
         for sparsity in options.sparsities:
@@ -62,10 +62,10 @@ def measure_all(options: Options, library: Path) -> list[Row]:
                     packed[choice] = pack(weight, choice)
                 if tokens not in dense:
                     dense[tokens] = lane.rivals(weight, tokens)
-                rows.append(lane.row(weight, packed[choice], sparsity, tokens, dense[tokens]))
-                told = ", ".join(f"{key} {value}" for key, value in rows[-1].items())
+                row = lane.row(weight, packed[choice], sparsity, tokens, dense[tokens])
+                told = ", ".join(f"{key} {value}" for key, value in row.items())
                 print(f"  {told}", file=sys.stderr, flush=True)
-    return rows
+                yield row
 
 
 class _Lane:

@@ -6,7 +6,7 @@ Weights are random with zeros at random places. What runs on a CPU is in cpu_rac
 from __future__ import annotations
 
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from datetime import date
 from math import exp, log
 from pathlib import Path
@@ -31,7 +31,7 @@ def main(argv: Sequence[str]) -> None:
         return
     from tvm_sparse.bench import cpu_race
 
-    rows = [row for threads in options.threads for row in cpu_race.measure_all(options, threads)]
+    rows = (row for threads in options.threads for row in cpu_race.measure_all(options, threads))
     publish(options, rows, origin(argv) | cpu_race.machine())
 
 
@@ -47,18 +47,26 @@ def _on_gpu(options: Options, argv: Sequence[str]) -> None:
             return
         if not torch.cuda.is_available():
             raise Refusal(f"bench kernels --target {options.machine.name}: no GPU here (--build-library FILE builds)")
-        rows = gpu_race.measure_all(options, library)
-        publish(options, rows, origin(argv) | gpu_race.machine())
+        publish(options, gpu_race.measure_all(options, library), origin(argv) | gpu_race.machine())
 
 
-def publish(options: Options, rows: Sequence[Row], notes: Mapping[str, object]) -> None:
-    """Prints the rows of this run, and merges them into --out."""
-    print(render([*rows, *geometric_means(rows)], options.fmt, notes))
-    if not options.out:
-        return
-    folder = Path(options.out)
-    merged = merge(folder, "kernels", rows, KEYS, notes)
-    merge(folder, "kernels", [], KEYS, notes, {"Geometric means over the shapes": geometric_means(merged)})
+def publish(options: Options, measured: Iterable[Row], notes: Mapping[str, object]) -> None:
+    """Merges each row into --out as it comes, and prints all of this run: those before a failure or Ctrl-C, too."""
+    rows: list[Row] = []
+    try:
+        for row in measured:
+            rows.append(row)
+            if options.out:
+                _keep(Path(options.out), row, notes)
+    finally:
+        if rows:
+            print(render([*rows, *geometric_means(rows)], options.fmt, notes), flush=True)
+
+
+def _keep(folder: Path, row: Row, notes: Mapping[str, object]) -> None:
+    merged = merge(folder, "kernels", [row], KEYS, notes)
+    if means := geometric_means(merged):
+        merge(folder, "kernels", [], KEYS, notes, {"Geometric means over the shapes": means})
     (folder / "kernels.svg").write_text(draw(merged), encoding="utf-8")
 
 
