@@ -45,12 +45,12 @@ METHODS = {
     "wanda, owl": "--prune wanda --allocation owl",
     "sparsegpt, owl": "--prune sparsegpt --allocation owl",
     "admm, follow, owl": "--prune admm --follow 0.5 --allocation owl",
-    "magnitude, tuned": "--prune magnitude --finetune 300",
-    "admm, follow, tuned": "--prune admm --follow 0.5 --finetune 300",
+    "magnitude, tuned": "--prune magnitude --finetune 200",
+    "admm, follow, tuned": "--prune admm --follow 0.5 --finetune 200",
     "admm, follow, tuned by layer": "--prune admm --follow 0.5 --finetune 100 --finetune-by layer",
 }
 CALIBRATE = "--samples 512 --length 512 --seed 0"
-TUNE = "--finetune-batch 64 --finetune-rate 1e-3"
+TUNE = "--finetune-batch 64 --finetune-rate 2e-3"
 # beside the table: one thing changed at a time
 SIDE = {
     **{f"sparsegpt, {n} samples": f"--prune sparsegpt --samples {n}" for n in (16, 64)},
