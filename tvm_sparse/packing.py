@@ -146,7 +146,7 @@ def _copy_dense(writer: ParamsWriter, param: RuntimeParam, weights: Weights) -> 
         for block in weights.blocks(param):
             part = pack(block, dense)
             nnz += part.nnz
-            yield part.buffers[""]
+            yield part.buffers[""].cpu()
         entry = keep_dense(param.name, shape, nnz, DENSE_REASON[param.kind], width)
         facts.update(nnz=nnz, plan=entry.to_json())
 

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator
 
 import torch
 
-from tvm_sparse.checkpoint.base import Checkpoint
+from tvm_sparse.checkpoint.base import READ_ROWS, Checkpoint
 from tvm_sparse.errors import Refusal
 from tvm_sparse.layout import RuntimeParam
 from tvm_sparse.pruning.pruner import Pruner, Zeros
@@ -17,7 +17,7 @@ _KEEP = Pruner("none")
 class PrunedWeights:
     """Reads runtime parameters out of a checkpoint. `zeros` fills as matrices are read, by checkpoint name.
 
-    Whole matrices are pruned and handed out on `device`, bit for bit as on a CPU.
+    Matrices are pruned and handed out on `device`, bit for bit as on a CPU.
     """
 
     def __init__(
@@ -25,6 +25,7 @@ class PrunedWeights:
     ) -> None:
         self.checkpoint = checkpoint
         self.device = torch.device(device)
+        self._rows = READ_ROWS * (1 if self.device.type == "cpu" else 8)  # beside a GPU: enough for many cores to read
         self.pruner = pruner
         self.selected = frozenset(selected)
         self.zeros: dict[str, Zeros] = {}
@@ -46,9 +47,9 @@ class PrunedWeights:
             zeros = Zeros((shape[0], shape[1]))
 
             def read(start: int, stop: int, source: str = source) -> torch.Tensor:
-                return self.checkpoint.rows(source, start, stop).to(dtype).contiguous()
+                return self.checkpoint.rows(source, start, stop).to(self.device, dtype).contiguous()
 
-            yield from pruner.stream(source, zeros.shape, dtype, read, zeros)
+            yield from pruner.stream(source, zeros.shape, dtype, read, zeros, self._rows)
             self.zeros[source] = zeros
 
     def matrix(self, param: RuntimeParam) -> torch.Tensor:
@@ -62,7 +63,7 @@ class PrunedWeights:
             count = self.checkpoint.spec(source).shape[0]
             part = whole[first : first + count]
             at = 0
-            for block in self.checkpoint.blocks(source):
+            for block in self.checkpoint.blocks(source, self._rows):
                 part[at : at + len(block)] = block
                 at += len(block)
             pruner = self.pruner if source in self.selected else _KEEP
