@@ -68,6 +68,12 @@ WINDOW, BATCH, TOKENS = 512, 16, 60_000
 # One token of Qwen3.5-27B at these sparsities, batch 1, position 0, on an NVIDIA H200: README.md, "Measured". Update
 # here and print the table anew; what is not measured is left out.
 MILLISECONDS = {"dense": "12.98", "50": "8.78", "75": "5.77", "90": "3.95"}
+BEST = "admm, follow"
+FIELDS = (  # title, key of a result, format
+    ("perplexity", "perplexity", "{:.2f}"),
+    ("KL divergence", "divergence", "{:.3f}"),
+    ("same likeliest token", "same_top", "{:.1%}"),
+)
 COLOURS = ("#0072b2", "#d55e00", "#009e73", "#cc79a7", "#e69f00", "#56b4e9", "#000", "#999933", "#882255", "#44aa99",
            "#aa4499", "#661100")  # fmt: skip
 
@@ -181,20 +187,13 @@ def table(options: argparse.Namespace) -> None:
     """Prints perplexity, divergence and agreement by method and level; draws the perplexities."""
     results = {key: found for path in options.results for key, found in json.loads(path.read_text()).items()}
     methods = [name for name in METHODS if any(f"{name} @ {level}" in results for level in LEVELS)]
-    for title, field, text in (
-        ("perplexity", "perplexity", "{:.2f}"),
-        ("KL divergence", "divergence", "{:.3f}"),
-        ("same likeliest token", "same_top", "{:.1%}"),
-    ):
+    summary(results)
+    for title, field, text in FIELDS:
         print(f"\n| {title} | " + " | ".join(map(shown, LEVELS)) + " |")
         print("|---|" + "---|" * len(LEVELS))
-        print(f"| dense, {text.format(results['dense @ 0'][field])} |" + " |" * len(LEVELS))
         for name in methods:
             cells = [results.get(f"{name} @ {level}") for level in LEVELS]
             print(f"| {name} | " + " | ".join(text.format(cell[field]) if cell else "" for cell in cells) + " |")
-        if field == "perplexity":
-            print(f"| *27B, ms a token; dense {MILLISECONDS['dense']}* | ", end="")
-            print(" | ".join(MILLISECONDS.get(level, "") for level in LEVELS) + " |")
     print("\n| one thing changed | perplexity | KL divergence |\n|---|---|---|")
     for key, found in results.items():
         if key.split(" @ ")[0] in SIDE:
@@ -203,8 +202,21 @@ def table(options: argparse.Namespace) -> None:
         options.plot.write_text(drawing(results, methods) + "\n", encoding="utf-8")
 
 
+def summary(results: dict[str, Any]) -> None:
+    """One row a level: in one shot, fine-tuned, and how fast the 27B decodes there."""
+    titles = [title for title, _, _ in FIELDS]
+    print("| zeros | " + " | ".join([*titles, *(f"{title}, tuned" for title in titles)]) + " | 27B, ms a token |")
+    print("|---|---|---|---|---|---|---|---|")
+    for level in ("dense", *LEVELS):
+        found = [results.get(f"{name} @ {level}") for name in (BEST, f"{BEST}, tuned")]
+        if level == "dense":
+            found = [results["dense @ 0"], None]
+        cells = [text.format(one[field]) if one else "" for one in found for _, field, text in FIELDS]
+        print(f"| {shown(level)} | " + " | ".join([*cells, MILLISECONDS.get(level, "")]) + " |")
+
+
 def shown(level: str) -> str:
-    return level if ":" in level else f"{level} %"
+    return f"{level} %" if level.isdigit() else level
 
 
 def drawing(results: dict[str, Any], methods: list[str]) -> str:
