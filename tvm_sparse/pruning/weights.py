@@ -25,6 +25,8 @@ class PrunedWeights:
     ) -> None:
         self.checkpoint = checkpoint
         self.device = torch.device(device)
+        # Norms of blocks are sums of floats, which another device adds in another order: those stay on the CPU.
+        self._pruned_on = torch.device("cpu") if pruner.pattern.kind == "block" else self.device
         self._rows = READ_ROWS * (1 if self.device.type == "cpu" else 8)  # beside a GPU: enough for many cores to read
         self.pruner = pruner
         self.selected = frozenset(selected)
@@ -47,7 +49,7 @@ class PrunedWeights:
             zeros = Zeros((shape[0], shape[1]))
 
             def read(start: int, stop: int, source: str = source) -> torch.Tensor:
-                return self.checkpoint.rows(source, start, stop).to(self.device, dtype).contiguous()
+                return self.checkpoint.rows(source, start, stop).to(self._pruned_on, dtype).contiguous()
 
             yield from pruner.stream(source, zeros.shape, dtype, read, zeros, self._rows)
             self.zeros[source] = zeros
@@ -55,9 +57,7 @@ class PrunedWeights:
     def matrix(self, param: RuntimeParam) -> torch.Tensor:
         """A whole matrix [N, K], read once: the largest projection of the 27B is 356 MB."""
         dtype = torch.bfloat16 if self.exact_bf16(param) else torch.float32
-        # Norms of blocks are sums of floats, which another device adds in another order: those stay on the CPU.
-        device = torch.device("cpu") if self.pruner.pattern.kind == "block" else self.device
-        whole = torch.empty(param.shape, dtype=dtype, device=device)
+        whole = torch.empty(param.shape, dtype=dtype, device=self._pruned_on)
         first = 0
         for source in param.sources:
             count = self.checkpoint.spec(source).shape[0]
