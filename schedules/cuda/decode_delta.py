@@ -161,7 +161,7 @@ def build(spec: KernelSpec) -> tvm.tirx.PrimFunc:
                 T.address_of(res_val[0]),
                 T.address_of(w[0, 0]),
                 T.cast(steps, "int32"),
-                T.address_of(shared[0]),
+                shared.data,  # address_of would make TVM shrink it to one element
                 source_code=source,
             )
         )
