@@ -50,6 +50,27 @@ def test_an_error_in_a_kernel_shows_at_build(toolkit, tmp_path):
         cuda.build_cuda_library(scale("undefined_thing"), tmp_path / "lib.so", BOTH)
 
 
+def reverse(dtype: str):
+    """A kernel whose dynamic shared memory is called `shared` and holds `dtype`."""
+
+    @T.prim_func(s_tir=True)
+    def reverse(x: T.Buffer((64,), dtype), y: T.Buffer((64,), dtype)):
+        T.func_attr({"global_symbol": f"reverse_{dtype}"})
+        thread = T.launch_thread("threadIdx.x", 64)
+        shared = T.alloc_buffer((64,), dtype, scope="shared.dyn")
+        shared[thread] = x[thread]
+        T.tvm_storage_sync("shared.dyn")
+        y[thread] = shared[63 - thread]
+
+    return reverse
+
+
+def test_kernels_may_call_shared_memory_of_different_types_the_same(toolkit, tmp_path):
+    mod = tvm.IRModule({f"reverse_{dtype}": reverse(dtype) for dtype in ("float32", "uint32")})
+    found = cuda.build_cuda_library(mod, tmp_path / "lib.so", BOTH[1:])
+    assert found == {"sm_90a": ["reverse_float32_kernel", "reverse_uint32_kernel"]}
+
+
 def test_images_tell_ptx_and_architectures_apart(toolkit, tmp_path):
     source, fatbin = tmp_path / "two.cu", tmp_path / "two.fatbin"
     source.write_text('extern "C" __global__ void one() {}\nextern "C" __global__ void two() {}\n')

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import importlib.util
 import os
+import re
 import subprocess
 import tempfile
 from collections.abc import Sequence
@@ -124,6 +125,24 @@ def compile_source(toolkit: Toolkit, source: str, arches: Sequence[str]) -> byte
         return made.read_bytes()
 
 
+_KERNEL = 'extern "C" __global__'
+_DYNAMIC = re.compile(r"extern __shared__ __align__\(\d+\) (\w+) (\w+)\[\];")
+
+
+def one_type_a_name(source: str) -> str:
+    """Gives each kernel's dynamic shared memory a name with its type in it.
+
+    TVM names it after its buffer, and C++ wants one name to have one type in all kernels of a source.
+    """
+
+    def rename(kernel: str) -> str:
+        for dtype, name in _DYNAMIC.findall(kernel):
+            kernel = re.sub(rf"\b{name}\b", f"{name}_{dtype}", kernel)
+        return kernel
+
+    return _KERNEL.join(map(rename, source.split(_KERNEL)))
+
+
 @contextmanager
 def _nvcc(toolkit: Toolkit, arches: Sequence[str]) -> Iterator[None]:
     """Within it, TVM's code generator hands CUDA source to our nvcc command; the former callback comes back after."""
@@ -134,7 +153,7 @@ def _nvcc(toolkit: Toolkit, arches: Sequence[str]) -> Iterator[None]:
 
     def callback(source: str) -> bytes:
         if source not in compiled:
-            compiled[source] = compile_source(toolkit, source, arches)
+            compiled[source] = compile_source(toolkit, one_type_a_name(source), arches)
         return compiled[source]
 
     tvm_ffi.register_global_func(_COMPILE, callback, override=True)
