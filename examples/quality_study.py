@@ -227,6 +227,7 @@ def drawing(results: dict[str, Any], methods: list[str]) -> str:
                for level in shares if f"{name} @ {level}" in results]
         for name in methods
     }  # fmt: skip
+    lines = {name: points for name, points in lines.items() if len(points) > 3}
     dense = log10(results["dense @ 0"]["perplexity"])
     top = max(y for points in lines.values() for _, y in points)
     frame = Frame((50, 90), (floor(dense * 4) / 4, ceil(top * 4) / 4), width=640, height=360, right=150)
