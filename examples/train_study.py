@@ -67,7 +67,7 @@ SIZES = {
 # pages by the CRC of their path, in hundredths
 HELD_OUT, VALIDATION, CALIBRATION, TUNING = range(2), range(2, 3), range(10, 13), range(20, 60)
 OTHER_LANGUAGE = re.compile(r"(?!en)[a-z]{2}([-_][A-Za-z]{2,4})?")  # a folder such as de, pt-BR, zh_CN
-TEXT_BYTES = {"heldout": 400_000, "calibration": 1_500_000, "tuning": 12_000_000}
+TEXT_BYTES = {"heldout": 400_000, "calibration": 1_500_000, "tuning": 9_500_000}
 
 
 # ---------------------------------------------------------------------------------------------
