@@ -80,10 +80,9 @@ def compile_library(
 def import_model(config: ModelConfig, layout: Layout, plan: Plan, dtype: str, batch: int, device: str) -> tvm.IRModule:
     """The dense model at the depth that is executed; every executed layer has weights of its own."""
     executed = executed_config(config, layout)
-    own = make_layout(executed)
     kept = wide_params(plan)
-    wide = [param.name for param in own.params if layout.stored_name(param.name) in kept]
-    return build_module(executed, dtype, batch, device, own, weight_dtype="bfloat16", wide=wide)
+    wide = [param.name for param in make_layout(executed).params if layout.stored_name(param.name) in kept]
+    return build_module(executed, dtype, batch, device, weight_dtype="bfloat16", wide=wide)
 
 
 def lower(mod: tvm.IRModule, layout: Layout, plan: Plan, arch: str, records: Records | None = None) -> tvm.IRModule:
@@ -104,7 +103,7 @@ def lower(mod: tvm.IRModule, layout: Layout, plan: Plan, arch: str, records: Rec
 def describe(config: ModelConfig, layout: Layout, device: str, dtype: str, batch: int, context: int) -> dict[str, Any]:
     """What the engine must know to call the library (tvm_sparse.json)."""
     chunks = CHUNKS[device]
-    executed = executed_config(config, layout)
+    state = state_tensors(executed_config(config, layout), batch, dtype)
     return {
         "device": device,
         "dtype": dtype,
@@ -115,7 +114,7 @@ def describe(config: ModelConfig, layout: Layout, device: str, dtype: str, batch
         "config": config.to_json(),
         "eos_token_ids": list(config.eos_token_ids),
         "layout": {"schedule": list(layout.schedule)},
-        "state": [asdict(tensor) for tensor in state_tensors(executed, make_layout(executed), batch, dtype)],
+        "state": [asdict(tensor) for tensor in state],
     }
 
 

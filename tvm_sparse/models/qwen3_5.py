@@ -20,7 +20,7 @@ from dataclasses import dataclass
 import tvm
 from tvm import relax
 
-from tvm_sparse.layout import Layout, make_layout
+from tvm_sparse.layout import make_layout
 from tvm_sparse.models.config import LINEAR, ModelConfig, tensors
 from tvm_sparse.passes.bundle_parameters import NUM_STATE_ATTR
 from tvm_sparse.schedules.ops import ModelOps
@@ -49,8 +49,8 @@ class StateTensor:
     dtype: str
 
 
-def state_tensors(config: ModelConfig, layout: Layout, batch: int, dtype: str) -> tuple[StateTensor, ...]:
-    """All state in the order the functions take it: two tensors for each executed layer."""
+def state_tensors(config: ModelConfig, batch: int, dtype: str) -> tuple[StateTensor, ...]:
+    """All state in the order the functions take it: two tensors a layer."""
     kv = (batch, config.num_key_value_heads, CONTEXT, config.head_dim)
     conv = (batch, config.linear_conv_kernel_dim - 1, config.conv_dim)
     recurrent = (
@@ -60,8 +60,8 @@ def state_tensors(config: ModelConfig, layout: Layout, batch: int, dtype: str) -
         config.linear_value_head_dim,
     )
     found: list[StateTensor] = []
-    for layer, weights in enumerate(layout.schedule):
-        if config.layer_types[weights] == LINEAR:
+    for layer, kind in enumerate(config.layer_types):
+        if kind == LINEAR:
             found.append(StateTensor(f"layers.{layer}.conv_state", conv, "float32"))
             found.append(StateTensor(f"layers.{layer}.recurrent_state", recurrent, "float32"))
         else:
@@ -75,7 +75,6 @@ def build_module(
     dtype: str = "bfloat16",
     batch: int = 1,
     device: str = "cpu",
-    layout: Layout | None = None,
     weight_dtype: str | None = None,
     wide: Collection[str] = (),
 ) -> tvm.IRModule:
@@ -83,14 +82,13 @@ def build_module(
 
     `dtype` is that of activations and caches, `weight_dtype` (default: the same) that of matrices and embedding,
     but for those of the layout's parameters named in `wide`, which are float32; norms and the other vectors are
-    float32, laid out as `layout` says. `device` ("cpu" or "cuda") picks the kernels
+    float32, laid out as the layout says. `device` ("cpu" or "cuda") picks the kernels
     of the operations between projections.
     """
-    layout = layout or make_layout(config)
     builder = relax.BlockBuilder()
     ops = ModelOps(device)
     for name in ("prefill", "decode", "score"):
-        _Writer(name, builder, ops, config, layout, dtype, batch, weight_dtype or dtype, wide).write()
+        _Writer(name, builder, ops, config, dtype, batch, weight_dtype or dtype, wide).write()
     if device == "cuda":
         _write_pick(builder, ops, batch, config.vocab_size)
     return builder.finalize()
@@ -119,13 +117,12 @@ class _Writer:
         builder: relax.BlockBuilder,
         ops: ModelOps,
         config: ModelConfig,
-        layout: Layout,
         dtype: str,
         batch: int,
         weight_dtype: str,
         wide: Collection[str],
     ) -> None:
-        self.name, self.builder, self.ops, self.config, self.layout = name, builder, ops, config, layout
+        self.name, self.builder, self.ops, self.config = name, builder, ops, config
         self.dtype, self.batch = dtype, batch
         self.tokens = batch if name == "decode" else None  # as schedules.ops counts them
         self.n = batch if name == "decode" else tvm.tirx.Var("n", "int64")
@@ -137,11 +134,11 @@ class _Writer:
         self.targets = _var("targets", (self.n,), "int32")
         self.state = {
             tensor.name: _var(tensor.name, [context if d == CONTEXT else d for d in tensor.shape], tensor.dtype)
-            for tensor in state_tensors(config, layout, batch, dtype)
+            for tensor in state_tensors(config, batch, dtype)
         }
         known = tensors(config)
         self.weights = {}
-        for param in layout.params:
+        for param in make_layout(config).params:
             matrix_dtype = "float32" if param.name in wide else weight_dtype
             for source in param.sources:
                 vector = param.dtype == "float32"  # shaped by the layout, a matrix as in the checkpoint
@@ -160,22 +157,20 @@ class _Writer:
             self.builder.emit_func_output(result)
 
     def model(self) -> relax.Expr:
-        c, schedule = self.config, self.layout.schedule
+        c = self.config
         table = self.weights["embed_tokens.weight"]
         x = self.call(
             "embedding", (c.vocab_size, c.hidden_size, str(table.ty.dtype), self.dtype),
             [self.ids, table], [((self.n, c.hidden_size), self.dtype)],
         )  # fmt: skip
-        y = self.norm(x, f"layers.{schedule[0]}.input_layernorm.weight")
-        for layer, index in enumerate(schedule):  # the executed layer, and the layer whose weights it uses
-            weights = f"layers.{index}"
-            linear = c.layer_types[index] == LINEAR
-            delta = self.deltanet(y, layer, weights) if linear else self.attention(y, layer, weights)
+        y = self.norm(x, "layers.0.input_layernorm.weight")
+        for layer, kind in enumerate(c.layer_types):
+            weights = f"layers.{layer}"
+            delta = self.deltanet(y, layer, weights) if kind == LINEAR else self.attention(y, layer, weights)
             x, y = self.add_norm(x, delta, f"{weights}.post_attention_layernorm.weight")
             delta = self.mlp(y, weights)
-            last = layer + 1 == len(schedule)
-            following = "norm.weight" if last else f"layers.{schedule[layer + 1]}.input_layernorm.weight"
-            x, y = self.add_norm(x, delta, following)
+            last = layer + 1 == c.num_hidden_layers
+            x, y = self.add_norm(x, delta, "norm.weight" if last else f"layers.{layer + 1}.input_layernorm.weight")
         return self.finish(self.head(y))
 
     def head(self, y: relax.Expr) -> relax.Expr:
