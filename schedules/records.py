@@ -10,11 +10,10 @@ from typing import Any
 
 import tvm
 
-from tvm_sparse.formats.base import FormatChoice
 from tvm_sparse.schedules import fast_parse  # noqa: F401  before MetaSchedule, which parses TVMScript when imported
 from tvm_sparse.schedules.space import annotated_decisions, workload
 from tvm_sparse.schedules.spec import CPU_ISAS, KernelSpec
-from tvm_sparse.schedules.table import space
+from tvm_sparse.schedules.table import SPEC_ATTR, space
 from tvm_sparse.targets import MACHINES, Machine
 
 TUNING_LOGS = Path(__file__).resolve().parent.parent / "tuning_logs"
@@ -22,6 +21,8 @@ WORKLOADS, RECORDS = "database_workload.json", "database_tuning_record.json"
 
 # MetaSchedule's own callback stores a failed trial as 1e10 seconds; no kernel here takes a minute.
 _FAILED = 60.0
+
+_BY_THE_MATRIX = {"gap_bits", "width", "rows", "cols"}  # options of formats; all others are a machine's cut
 
 
 @dataclass(frozen=True)
@@ -58,6 +59,13 @@ class Log:
         found = self._open().get_top_k(self._open().commit_workload(mod), 1 << 20)
         trials = (Trial(_replay(record, mod), tuple(float(s) for s in record.run_secs)) for record in found)
         return [trial for trial in trials if trial.seconds and trial.mean < _FAILED]
+
+    def specs(self) -> tuple[KernelSpec, ...]:
+        """Every kernel there is a record of, in the order of their first ones."""
+        if self._database is None and not (self.folder / RECORDS).is_file():
+            return ()
+        records = self._open().get_all_tuning_records()
+        return tuple(dict.fromkeys(KernelSpec.from_json(r.workload.mod["main"].attrs[SPEC_ATTR]) for r in records))
 
     def add(self, spec: KernelSpec, candidate: Any, target: tvm.target.Target, seconds: tuple[float, ...]) -> None:
         """Writes a trial that ran: `candidate` is MetaSchedule's, of the spec's `workload`."""
@@ -108,11 +116,12 @@ class Records:
     def _look_up(self, spec: KernelSpec) -> Found:
         origin = "default"
         for owner, log in self._logs:
-            lent = spec if owner == self._machine else _cut_for(spec, self._machine, owner)
+            how = "tuned on" if owner == self._machine else "transferred from"
+            lent = spec if owner == self._machine else _lent(spec, owner, log)
             trials = log.trials(lent)
             for trial in trials:
                 if fits(spec, trial.decisions):
-                    return Found(trial.decisions, f"{'tuned on' if lent is spec else 'transferred from'} {owner.logs}")
+                    return Found(trial.decisions, f"{how} {owner.logs}")
             if trials:
                 origin = f"default: the records in {owner.logs} are of another version of the kernel"
                 print(f"  {spec.name}: {origin}", file=sys.stderr)
@@ -125,12 +134,22 @@ def fits(spec: KernelSpec, decisions: dict[str, int]) -> bool:
     return decisions.keys() == choices.keys() and all(value in choices[name] for name, value in decisions.items())
 
 
-def _cut_for(spec: KernelSpec, machine: Machine, owner: Machine) -> KernelSpec:
-    """The same kernel as a build for `owner` has it: its architecture, and as many bins as it has cores."""
-    bins = [("bins", owner.cores if value == machine.cores else value) for key, value in spec.choice.options
-            if key == "bins"]  # fmt: skip
-    options = tuple({**dict(spec.choice.options), **dict(bins)}.items())
-    return replace(spec, choice=FormatChoice(spec.choice.name, options), arch=owner.arch)
+def _lent(spec: KernelSpec, owner: Machine, log: Log) -> KernelSpec:
+    """The kernel in `owner`'s log that does the same there: its architecture, its cut of the format.
+
+    Options that a matrix decides are the same; of several cuts the one that agrees in the most options.
+    """
+
+    def same(other: KernelSpec) -> bool:
+        own, its = dict(spec.choice.options), dict(other.choice.options)
+        decided = own.keys() == its.keys() and all(own[key] == its[key] for key in own.keys() & _BY_THE_MATRIX)
+        return decided and other.arch == owner.arch and replace(other, choice=spec.choice, arch=spec.arch) == spec
+
+    def agreement(other: KernelSpec) -> int:
+        return len(set(other.choice.options) & set(spec.choice.options))
+
+    candidates = [other for other in log.specs() if other.choice.name == spec.choice.name and same(other)]
+    return max(candidates, key=agreement, default=spec)
 
 
 def _replay(record: Any, mod: tvm.IRModule) -> dict[str, int]:

@@ -132,6 +132,7 @@ def test_a_b200_takes_what_an_h200_found(tmp_path):
     found = Records(b200, tmp_path).find(own)
     assert found.decisions == Log(tmp_path / h200.logs).trials(lent)[0].decisions
     assert found.origin == "transferred from nvidia-h200"
+    assert Records(b200, tmp_path).find(replace(own, choice=FORMATS["delta"].choice(5, b200.cores))).decisions is None
     assert Records(h200, tmp_path).find(lent).origin == "tuned on nvidia-h200"
     records = Records(b200, tmp_path)
     applied = ApplySchedules(records)(tvm.IRModule({"kernel": sketch(own)}))

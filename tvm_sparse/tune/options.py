@@ -12,6 +12,7 @@ from tvm_sparse.command_line import CommandParser
 from tvm_sparse.errors import Refusal
 from tvm_sparse.formats import FORMATS
 from tvm_sparse.plan import decide, expected_stats
+from tvm_sparse.schedules.product import product
 from tvm_sparse.schedules.records import TUNING_LOGS
 from tvm_sparse.schedules.spec import KernelSpec
 
@@ -89,7 +90,10 @@ def _server(text: str) -> Server:
 
 
 def workloads(options: TuneOptions, arch: str) -> dict[KernelSpec, tuple[float, ...]]:
-    """The kernels that the plan would use, each with the shares of zeros it serves: it is timed on all of them."""
+    """The kernels that the plan would use, each with the shares of zeros it serves: it is timed on all of them.
+
+    Where a product decodes its matrix for every number of tokens asked for, the format's own kernel never runs.
+    """
     found: dict[KernelSpec, tuple[float, ...]] = {}
     for shape in options.shapes:
         for sparsity in options.sparsities:
@@ -97,5 +101,7 @@ def workloads(options: TuneOptions, arch: str) -> dict[KernelSpec, tuple[float, 
             for batch in options.batches:
                 entry = decide("weight", stats, (options.machine,), batch, options.formats)
                 spec = replace(blank_spec(entry.choice, shape, batch, options.machine), arch=arch)
-                found[spec] = (*found.get(spec, ()), sparsity)
+                made = product(spec)
+                if made is None or made.decode is None or made.few is not None:
+                    found[spec] = (*found.get(spec, ()), sparsity)
     return found
