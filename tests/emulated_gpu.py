@@ -48,6 +48,7 @@ static float __shfl_xor_sync(unsigned, float value, int lanes) {
 }
 static float __uint_as_float(unsigned u) { float f; memcpy(&f, &u, 4); return f; }
 static unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)((unsigned long long)a * b >> 32); }
+static uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 static float2 make_float2(float x, float y) { return {x, y}; }
 static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 using std::min; using std::max;
@@ -63,7 +64,7 @@ static uint4 tvms_stream_load(const void* words, int step, int ahead) {
 }
 static void tvms_in_order() {}
 static unsigned tvms_early_load(const void* from) { return *(const unsigned*)from; }
-static unsigned tvms_read_pair(const void* x) { return *(const unsigned*)x; }
+static uint4 tvms_read_8(const void* x) { return *(const uint4*)x; }
 static float tvms_read_x(const nv_bfloat16* x) { return *x; }
 static float tvms_read_x(const float* x) { return *x; }
 static int tvms_address(const void* p) { return (const char*)p - (const char*)shared_ptr; }
@@ -84,7 +85,7 @@ template <class... T> static void tvms_end_t4(T... t) { tvms_end<4>(t...); }
 template <class... T> static void tvms_end_t8(T... t) { tvms_end<8>(t...); }
 static void copy_async(const void* to, const void* from) { memcpy((void*)to, from, 16); }
 """
-_OWN = re.compile("tvms_(stream_load|in_order|early_load|read_pair|read_x|address|get[24]?|put|end_t[1248])")
+_OWN = re.compile("tvms_(stream_load|in_order|early_load|read_8|read_x|address|get[24]?|put|end_t[1248])")
 
 
 def compile_kernel(source: str, name: str, folder: Path):
@@ -95,7 +96,8 @@ def compile_kernel(source: str, name: str, folder: Path):
         if not _OWN.fullmatch(match.group(1))
     ]
     kernel = re.search(rf'^extern "C" __global__ void [^;]*?{name}_kernel\(([^()]*)\) \{{.*?^\}}$', source, re.S | re.M)
-    body = kernel.group(0).replace("extern __shared__ __align__(64) float shared_ptr[];", "")
+    body = re.sub(r"extern __shared__ __align__\(\d+\) float shared_ptr\w*\[\];", "", kernel.group(0))
+    body = re.sub(r"\bshared_ptr_float\b", "shared_ptr", body)
     body = re.sub(r"tvm_builtin_ptx_cp_async_\w*16\(tvm_builtin_cuda_cvta_generic_to_shared\(", "copy_async((", body)
     body = re.sub(r"^ *tvm_builtin_ptx_\w+\([^;]*\);$", "", body, flags=re.M)
     kinds = [part.rpartition(" ")[0].replace("__restrict__", "") for part in kernel.group(1).split(", ")]
