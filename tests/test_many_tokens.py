@@ -81,7 +81,7 @@ DECODED = {
     "delta-one-class": (FORMATS["delta"].choice(3, 5, 2, 1, 8), 33, 40, (5, 1)),
     "2to4": (FORMATS["2:4"].choice(), 37, 72, (2, 1)),
     "block": (FORMATS["block"].choice(4, 8), 21, 72, (6, 1)),
-    "block-parts": (FORMATS["block"].choice(16, 16), 21, 1096, (2, 3)),
+    "block-parts": (FORMATS["block"].choice(16, 16), 21, 1000, (2, 2)),
     "block-odd": (FORMATS["block"].choice(3, 20), 21, 72, (7, 1)),
 }
 

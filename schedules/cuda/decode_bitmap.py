@@ -53,12 +53,10 @@ __device__ __forceinline__ void tvms_decode_bitmap(const void* mask, const void*
       const unsigned places = __shfl_sync(0xffffffffu, before, from);
       const unsigned short* v = values + (turn < 2 ? places & 0xffffu : places >> 16);
       if (lane & 1) v += __popc(bits & 15u), bits >>= 4;
+      // All four are loaded, needed or not: no branches. After the last value stand zeros enough.
       const int second = bits & 1, third = second + (bits >> 1 & 1), fourth = third + (bits >> 2 & 1);
-      unsigned low = 0, high = 0;
-      if (bits & 1) low = v[0];
-      if (bits & 2) low |= (unsigned)v[second] << 16;
-      if (bits & 4) high = v[third];
-      if (bits & 8) high |= (unsigned)v[fourth] << 16;
+      const unsigned low = v[0] * (bits & 1) + v[second] * ((bits & 2) << 15);
+      const unsigned high = v[third] * (bits >> 2 & 1) + v[fourth] * ((bits & 8) << 13);
       const int four = first * 2 + 32 * turn + lane;
       if (four < 2 * BYTES) columns[four] = make_uint2(low, high);
     }

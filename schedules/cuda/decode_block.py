@@ -23,8 +23,8 @@ def build(spec: KernelSpec) -> tvm.tirx.PrimFunc:
     across, block_rows = -(-k // cols_each), -(-n // rows)
     whole = cols_each % 8 == 0  # 8 columns never leave a block
     turns = -(-rows * k // (8 * _THREADS * _DEPTH))
-    parts = min(turns, 4)
-    turns = -(-turns // parts)  # of each part
+    parts = 2 if turns % 2 == 0 else 1
+    turns //= parts  # of each part
     count = symbol("nb")
 
     @T.prim_func(s_tir=True)

@@ -15,6 +15,7 @@ import tvm
 
 from tvm_sparse.codegen.cuda import build_cuda_library
 from tvm_sparse.formats import FORMATS
+from tvm_sparse.formats.delta import gpu_classes
 from tvm_sparse.schedules.product import dense_spec, product, write_products
 from tvm_sparse.schedules.spec import KernelSpec
 from tvm_sparse.schedules.table import DECODERS, decoder, instantiate
@@ -25,23 +26,19 @@ MODEL = ((34816, 5120), (5120, 17408), (16480, 5120), (14336, 5120), (5120, 6144
 BATCHES = (2, 16)  # sequences decoded together with dense matrices
 
 
-def choices():
+def choices(k: int):
     """Every format with a decoder, as the plan would cut it for an H200."""
-    known = {
-        "bitmap": FORMATS["bitmap"].choice(),
-        "2:4": FORMATS["2:4"].choice(),
-        "block": FORMATS["block"].choice(16, 16),
-    }
-    return [known.get(name) or FORMATS[name].choice() for name in DECODERS]
+    cut = {"block": {"rows": 16, "cols": 16}, "delta": {"classes": gpu_classes(k)}}
+    return [FORMATS[name].choice(**cut.get(name, {})) for name in DECODERS]
 
 
 def specs():
     dense = FORMATS["dense"].choice()
     for i, (n, k) in enumerate(RAGGED):
-        for choice in [dense, *choices(), FORMATS["block"].choice(3, 20)]:
+        for choice in [dense, *choices(k), FORMATS["block"].choice(3, 20)]:
             yield KernelSpec(choice, n, k, None, "bfloat16", ("bfloat16", "float32")[i % 2], "sm_90a")
     for n, k in MODEL:
-        for choice in [dense, *choices()]:
+        for choice in [dense, *choices(k)]:
             yield KernelSpec(choice, n, k, None, "bfloat16", "bfloat16", "sm_90a")
         for m in BATCHES:
             yield KernelSpec(dense, n, k, m, "bfloat16", "bfloat16", "sm_90a")
