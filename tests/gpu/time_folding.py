@@ -1,12 +1,12 @@
-"""What a folded group gains by running again on the same weights: python tests/gpu/time_folding.py LIBRARY [EVICT_LAST]
+"""What a folded group gains by running again on the same weights: python tests/gpu/time_folding.py LIBRARY
 
-LIBRARY is of `bench kernels --target h200 --sparsity 0.75,0.9,0.95 --batch 1 --packed delta --build-library LIBRARY`;
-EVICT_LAST, if given, the same with the words' loads marked evict_last. A group is some of a layer's packed matrices, in
-one allocation. Times come from captured graphs that first read half a gigabyte of other data, so that nothing of the
-group is in the L2 cache: `first` is an iteration after that, `later` one of the 15 that follow, `others` one of 15 that
-each have weights of their own. `+ state`: every iteration also updates 3.1 MB of its own, as a DeltaNet layer does,
-which takes its time too. With a `window` the allocation is marked persisting in the L2 cache (access policy window of
-the stream that is captured). `floor`: kernels that read the same words and do nothing else.
+LIBRARY is of `bench kernels --target h200 --sparsity 0.75,0.9,0.95 --batch 1 --packed delta --build-library LIBRARY`.
+A group is some of a layer's packed matrices, in one allocation. Times come from captured graphs that first read half a
+gigabyte of other data, so that nothing of the group is in the L2 cache: `first` is an iteration after that, `later` one
+of the 15 that follow, `others` one of 15 that each have weights of their own. `+ state`: every iteration also updates
+3.1 MB of its own, as a DeltaNet layer does, which takes its time too. With a `window` the allocation is marked
+persisting in the L2 cache (access policy window of the stream that is captured). `floor`: kernels that read the same
+bytes and do nothing else.
 """
 
 from __future__ import annotations
@@ -22,8 +22,10 @@ from statistics import median
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
 import torch
+import tvm_ffi
 
-from tvm_sparse.bench.gpu_race import Kernels
+from tvm_sparse.bench.gpu_library import FLOOR
+from tvm_sparse.bench.gpu_timing import Kernels
 from tvm_sparse.bench.options import blank_spec
 from tvm_sparse.engine.runtime import load_cuda
 from tvm_sparse.formats import FORMATS, Packed, pack
@@ -119,7 +121,7 @@ class Cuda:
 
 
 class Group:
-    """Packed matrices side by side in one allocation, and calls of their kernels, or of those that only read words."""
+    """Packed matrices side by side in one allocation, and calls of their kernels, or of one that only reads them."""
 
     def __init__(self, packed: list[tuple[tuple[int, int], Packed]], kernels: Kernels, floor: bool = False) -> None:
         tensors = [tensor for _, each in packed for tensor in each.buffers.values()]
@@ -128,16 +130,20 @@ class Group:
         self._calls: list[Callable[[], object]] = []
         at = 0
         for shape, each in packed:
-            parts = []
+            parts, began = [], at
             for tensor in each.buffers.values():
                 here = self.memory[at : at + tensor.nbytes].view(tensor.dtype).view(tensor.shape)
                 parts.append(here.copy_(tensor))
                 at += _padded(tensor.nbytes)
+            if floor:
+                steps = (at - began) // (H200.cores * 512)
+                words = self.memory[began : began + H200.cores * steps * 512].view(torch.uint16)
+                out = torch.zeros(1, dtype=torch.uint32, device="cuda")
+                self._calls.append(partial(kernels[FLOOR], words.view(H200.cores, steps, 32, 8), out))
+                continue
             x = torch.randn(1, shape[1], device="cuda").bfloat16()
             y = torch.zeros(1, shape[0], device="cuda").bfloat16()
-            name = blank_spec(each.choice, shape, 1, H200).name
-            arguments = (parts[0], torch.zeros(1, dtype=torch.uint32, device="cuda")) if floor else (x, *parts, y)
-            self._calls.append(partial(kernels[f"floor_{name}" if floor else name], *arguments))
+            self._calls.append(partial(kernels[blank_spec(each.choice, shape, 1, H200).name], x, *parts, y))
 
     def __call__(self) -> None:
         for call in self._calls:
@@ -159,8 +165,8 @@ def random_packed(shape: tuple[int, int], sparsity: float) -> Packed:
 class Timer:
     """Microseconds of captured work after a flush of the L2 cache."""
 
-    def __init__(self, cuda: Cuda, kernels: Kernels) -> None:
-        self.cuda, self.kernels = cuda, kernels
+    def __init__(self, cuda: Cuda) -> None:
+        self.cuda = cuda
         self.stream = torch.cuda.Stream()
         self._other = torch.ones(FLUSH // 4, device="cuda")
         self._sum = torch.zeros((), device="cuda")
@@ -177,7 +183,7 @@ class Timer:
         work()
         torch.cuda.synchronize()
         graph = torch.cuda.CUDAGraph(keep_graph=True)
-        with self.kernels.stream(torch.cuda.graph(graph, stream=self.stream)):
+        with tvm_ffi.use_torch_stream(torch.cuda.graph(graph, stream=self.stream)):
             work()
         graph.instantiate()
         self.carrying.add(self.cuda.windows(graph.raw_cuda_graph()))
@@ -218,11 +224,10 @@ def measure(timer: Timer, groups: Sequence[Group], updates: Sequence[Callable[[]
     return [once - timer([]), (all - once) / (ITERATIONS - 1), (with_state - first) / (ITERATIONS - 1)]
 
 
-def main(library: str, evict_last: str | None = None) -> None:
+def main(library: str) -> None:
     torch.manual_seed(0)
     cuda, kernels = Cuda(), Kernels(Path(library))
-    marked = Kernels(Path(evict_last)) if evict_last else None
-    timer = Timer(cuda, kernels)
+    timer = Timer(cuda)
     sizes = [cuda.attribute(number) / 2**20 for number in (L2_SIZE, MAX_PERSISTING, MAX_WINDOW)]
     print(torch.cuda.get_device_name(0), "L2 {:.0f} MiB, at most {:.0f} persisting, window {:.0f}".format(*sizes))
     heads = ("first", "later", "others", "later + state", "others + state")
@@ -231,14 +236,12 @@ def main(library: str, evict_last: str | None = None) -> None:
     updates = [partial(torch.Tensor.mul_, each, 1.0) for each in state]
     for name, (shapes, sparsity) in GROUPS.items():
         packed = [(shape, random_packed(shape, sparsity)) for shape in shapes]
-        variants = {"plain": (kernels, False), "window": (kernels, False), "floor": (kernels, True)}
-        if marked is not None:
-            variants["evict_last"] = (marked, False)
-        for how, (library_of, floor) in variants.items():
-            group = Group(packed, library_of, floor)
+        for how in ("plain", "window", "floor"):
+            floor = how == "floor"
+            group = Group(packed, kernels, floor)
             with persisting(cuda, timer, group.memory if how == "window" else None):
                 first, later, later_state = measure(timer, [group] * ITERATIONS, updates)
-            others = [Group(packed, library_of, floor) for _ in range(ITERATIONS)]
+            others = [Group(packed, kernels, floor) for _ in range(ITERATIONS)]
             _, apart, apart_state = measure(timer, others, updates)
             times = (first, later, apart, later_state, apart_state)
             print(f"{name:28} {group.nbytes / 1e6:6.1f}  {how:12}" + "".join(f"{t:15.1f}" for t in times), flush=True)
