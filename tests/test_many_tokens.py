@@ -1,5 +1,7 @@
 """Products of many tokens on a GPU, on a machine without one: decoders and the tensor core kernel, emulated."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import tvm
@@ -8,6 +10,7 @@ from emulated_tensor_cores import Kernels
 from tvm_sparse.codegen import cuda, cuda_toolkit
 from tvm_sparse.errors import Refusal
 from tvm_sparse.formats import FORMATS, FormatChoice, pack
+from tvm_sparse.passes.verify_schedules import shared_bytes
 from tvm_sparse.schedules.cuda import matmul_mma
 from tvm_sparse.schedules.product import dense_spec, product, write_products
 from tvm_sparse.schedules.spec import KernelSpec
@@ -113,3 +116,18 @@ def test_a_library_holds_host_code_and_kernels_for_every_machine(tmp_path):
     held = library.read_bytes()
     assert all(f"__tvm_ffi_{made.symbol}".encode() in held for made in products)
     assert b"libcublasLt.so.13" in held
+
+
+def test_shared_memory_that_only_device_code_uses_keeps_its_size():
+    """TVM shrinks a buffer to what it sees of it, and of a call it sees the address of one element."""
+    spec = KernelSpec(DENSE, 264, 72, None, "bfloat16", "bfloat16", "sm_90a")
+    kernels = [instantiate(spec)]
+    kernels += [decoder(replace(spec, choice=FORMATS[name].choice())) for name in DECODERS]
+    passes = [
+        tvm.s_tir.transform.PlanAndUpdateBufferAllocationLocation(),
+        tvm.s_tir.transform.ConvertBlocksToOpaque(),
+        tvm.s_tir.transform.CompactBufferAllocation(),
+    ]
+    for kernel in kernels:
+        compact = tvm.transform.Sequential(passes)(tvm.IRModule({"kernel": kernel}))["kernel"]
+        assert shared_bytes(compact) == shared_bytes(kernel)
