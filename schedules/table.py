@@ -32,7 +32,7 @@ KERNELS = {
         "2:4": "two_four",
         "block": "block",
     }.items()
-}
+} | {("tiles", "cuda"): "tvm_sparse.schedules.cuda.matmul_tiles"}
 
 
 @dataclass(frozen=True)

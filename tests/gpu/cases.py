@@ -38,6 +38,8 @@ def _choices() -> list[FormatChoice]:
         dense.choice(32),
         FORMATS["bitmap"].choice(),
         FORMATS["2:4"].choice(),
+        FORMATS["tiles"].choice(4, 7, 2, 3, 6),
+        FORMATS["tiles"].choice(5, 132, 20, 1, 1),
         block.choice(16, 16),
         block.choice(1, 32),
         block.choice(4, 8),
@@ -58,6 +60,8 @@ def matmuls() -> list[Matmul]:
         found.append(Matmul(choice, n, k, m, *types[index % 3]))
     large = [FORMATS["delta"].choice(classes=32), FORMATS["bitmap"].choice(), FORMATS["dense"].choice()]
     found += [Matmul(c, 512, 17408, m, "bfloat16", "bfloat16") for c in large for m in (1, 8, None)]
+    tiles = FORMATS["tiles"].choice(4, 20, 8, 2, 5)
+    found += [Matmul(tiles, 1555, 1544, m, "bfloat16", "bfloat16") for m in (*range(1, 17), 17, 40)]
     return found
 
 

@@ -21,14 +21,17 @@ from tvm_sparse.targets import Machine
 class Speed:
     """`fixed` seconds a call; `share` of the machine's bandwidth.
 
-    On a GPU a word takes `first` instructions and `further` more for each token. On a CPU every token but the first
-    takes `per_element` seconds for each dense element and `per_word` for each packed word.
+    On a GPU a word takes `first` instructions and `further` more for each token, a dense element takes `each`; the
+    whole call is repeated for every `at_once` tokens. On a CPU every token but the first takes `per_element` seconds
+    for each dense element and `per_word` for each packed word.
     """
 
     fixed: float
     share: float
     first: float = 0.0
     further: float = 0.0
+    each: float = 0.0
+    at_once: int = 1 << 30
     per_element: float = 0.0
     per_word: float = 0.0
 
@@ -50,6 +53,7 @@ SPEEDS = {
     # assumed to stream as dense does.
     ("dense", "cuda"): Speed(2.5e-6, 0.92),
     ("delta", "cuda"): Speed(3.4e-6, 0.86, first=3.5, further=2.0),
+    ("tiles", "cuda"): Speed(5e-6, 0.80, first=9.0, each=6.0, at_once=16),
     ("bitmap", "cuda"): Speed(3.5e-6, 0.30),
     ("2:4", "cuda"): Speed(3.5e-6, 0.92),
     ("block", "cuda"): Speed(3.5e-6, 0.92),
@@ -67,9 +71,14 @@ def seconds(stats: Stats, choice: FormatChoice, machine: Machine, tokens: int) -
         elements *= choice.option("rows") * choice.option("cols")
     else:
         elements = n * k
-    words = CHUNK * stats.chunks[choice.option("gap_bits")] if choice.name == "delta" else stats.nnz
-    streamed = FORMATS[choice.name].nbytes(stats, choice) / (speed.share * machine.bandwidth)
+    nbytes = FORMATS[choice.name].nbytes(stats, choice)
+    words = stats.nnz
+    if choice.name == "delta":
+        words = CHUNK * stats.chunks[choice.option("gap_bits")]
+    elif choice.name == "tiles":
+        words = nbytes // 2
+    streamed = nbytes / (speed.share * machine.bandwidth)
     rate = max(machine.cores, 1) * _LANES * _CLOCK
-    issued = words * (speed.first + speed.further * tokens) / rate
+    issued = (words * (speed.first + speed.further * tokens) + elements * speed.each) / rate
     more = (tokens - 1) * (elements * speed.per_element + words * speed.per_word)
-    return speed.fixed + max(streamed, issued) + more
+    return -(-tokens // speed.at_once) * (speed.fixed + max(streamed, issued)) + more

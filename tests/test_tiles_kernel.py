@@ -1,0 +1,103 @@
+"""The tiles kernel of a GPU, run on this machine: every cut, number of tokens and dtype against float64."""
+
+import emulated_tensor_cores
+import pytest
+import torch
+
+from tvm_sparse.codegen import cuda_toolkit
+from tvm_sparse.errors import Refusal
+from tvm_sparse.formats import FORMATS, pack
+from tvm_sparse.formats.tiles import cut_of
+from tvm_sparse.schedules.spec import KernelSpec
+from tvm_sparse.schedules.table import instantiate
+
+# What tensor_core's shim does not have: shared memory at 32-bit addresses, two bfloat16 at once.
+SHIM = r"""
+#define TVMS_TILES_DEVICE
+static unsigned tvms_shared_address(const void* p) { return (unsigned)((unsigned char*)p - shared_memory) + 1024; }
+static unsigned char* at_address(unsigned at, int align) {
+  if (at % align || at < 1024 || at - 1024 >= sizeof shared_memory) abort();
+  return shared_memory + (at - 1024);
+}
+static void tvms_put_half(unsigned at, unsigned value) { memcpy(at_address(at, 2), &value, 2); }
+static void tvms_put_zeros(unsigned at) { memset(at_address(at, 16), 0, 16); }
+static void tvms_put_float(unsigned at, float value) { memcpy(at_address(at, 4), &value, 4); }
+static float tvms_get_float(unsigned at) { float value; memcpy(&value, at_address(at, 4), 4); return value; }
+static void tvms_get_four(unsigned* to, unsigned at) { tvms_ldmatrix(to, (const char*)at_address(at, 16)); }
+static void tvms_get_two(unsigned* to, unsigned at) {
+  unsigned four[4];
+  tvms_ldmatrix(four, (const char*)at_address(at, 16));
+  to[0] = four[0], to[1] = four[1];
+}
+static uint4 tvms_words(const uint4* from) { return *from; }
+static uint4 tvms_quad(const void* from) { if ((uintptr_t)from % 16) abort(); return *(const uint4*)from; }
+static unsigned tvms_one(const void* from) { return *(const unsigned*)from; }
+static unsigned tvms_half(const void* from) { return *(const unsigned short*)from; }
+static unsigned scaled(unsigned bits) {
+  float x = __uint_as_float(bits << 16);
+  x = std::min(std::max(x, -4278190080.f), 4278190080.f);
+  return __float_as_uint(x * 79228162514264337593543950336.f) >> 16;
+}
+static unsigned tvms_scale_pair(unsigned pair) { return scaled(pair & 0xffff) | scaled(pair >> 16) << 16; }
+static void tvms_start_dependents() {}
+static void tvms_wait_for_inputs() {}
+static void tvms_leave(float* to, float value) { *to = value; }
+static void tvms_leave(nv_bfloat16* to, float value) { to->bits = rounded(value); }
+static unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
+  unsigned long long all = (unsigned long long)b << 32 | a;
+  unsigned out = 0;
+  for (int i = 0; i < 4; ++i) out |= (unsigned)(all >> (selector >> (4 * i) & 7) * 8 & 255) << (8 * i);
+  return out;
+}
+"""
+
+# gap bits, bins, parts, sets, tiles; N, K; tokens, declared tokens; dtypes of x and y; decisions
+CASES = {
+    "8-tokens": ((4, 2, 2, 2, 4), (100, 200), 8, 8, "bfloat16", "float32", {}),
+    "odd-tiles": ((4, 3, 3, 1, 5), (90, 136), 3, 3, "bfloat16", "bfloat16", {"depth": 2}),
+    "one-tile": ((5, 2, 4, 1, 1), (13, 264), 2, 2, "bfloat16", "float32", {}),
+    "16-tokens": ((5, 1, 2, 2, 7), (100, 328), 16, 16, "bfloat16", "float32", {}),
+    "ragged-columns": ((4, 2, 2, 1, 3), (40, 99), 11, 11, "bfloat16", "float32", {}),
+    "float32": ((4, 1, 1, 3, 2), (33, 44), 5, 5, "float32", "float32", {}),
+    "float32-ragged": ((5, 2, 2, 1, 3), (33, 71), 9, 9, "float32", "bfloat16", {}),
+    "many-tokens": ((4, 1, 2, 1, 4), (30, 96), 19, None, "bfloat16", "float32", {}),
+    "one-column": ((4, 2, 2, 1, 1), (9, 1), 4, 4, "bfloat16", "float32", {}),
+}
+
+
+@pytest.fixture(autouse=True)
+def _toolkit(monkeypatch):
+    try:
+        cuda_toolkit.find_toolkit()
+    except Refusal as missing:
+        pytest.skip(str(missing))
+    monkeypatch.setattr(emulated_tensor_cores, "SHIM", emulated_tensor_cores.SHIM + SHIM)
+
+
+def matrix(n: int, k: int) -> torch.Tensor:
+    """A full row beside empty ones, rows of very different density, values outside the window."""
+    generator = torch.Generator().manual_seed(n * k)
+    weight = torch.randn(n, k, generator=generator) * 0.02
+    weight *= torch.rand(n, k, generator=generator) < torch.rand(n, 1, generator=generator) * 0.6
+    weight[0], weight[n // 3], weight[n // 2] = 0, 0, torch.randn(k, generator=generator)
+    weight.view(-1)[:: n * k // 5 + 1] = 1e-20
+    return weight.bfloat16()
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_the_kernel_equals_float64(case, tmp_path):
+    options, (n, k), tokens, declared, x_dtype, out_dtype, decisions = CASES[case]
+    spec = KernelSpec(FORMATS["tiles"].choice(*options), n, k, declared, x_dtype, out_dtype, "sm_90a")
+    kernels = emulated_tensor_cores.Kernels(instantiate(spec, decisions), "kernel", tmp_path)
+    weight = matrix(n, k)
+    x = torch.randn(tokens, k, generator=torch.Generator().manual_seed(1)).to(getattr(torch, x_dtype))
+    y = torch.full((tokens, n), float("nan"), dtype=getattr(torch, out_dtype))
+    cut, packed = cut_of((n, k), spec.choice), pack(weight, spec.choice)
+    tile = 8 if declared is not None and declared <= 8 else 16
+    values = {"x": x, "y": y, **packed.buffers, "n": tokens}
+    kernels.run("kernel_kernel", (cut.bins, -(-tokens // tile)), 32 * cut.warps, values)
+
+    want = x.double() @ weight.double().T
+    rounding = 2**-8 if out_dtype == "bfloat16" else 2**-23
+    allowed = want.abs() * rounding + (x.double().abs() @ weight.double().abs().T) * 2**-20
+    assert bool(((y.double() - want).abs() <= allowed).all())
