@@ -167,12 +167,12 @@ LT = r"""
 #include <stdlib.h>
 #include <string.h>
 char lt_calls[64];
-int lt_has_algorithm = 1, lt_status = 0;
+int lt_has_algorithm = 1, lt_status = 0, lt_starts = 1;
 typedef struct { int type; uint64_t rows, cols; int64_t ld; } Layout;
 typedef struct { int compute, scale, transposed; } Op;
 typedef struct { uint64_t algo[8]; size_t workspace; int state; float waves; int reserved[4]; } Heuristic;
 size_t cublasLtGetVersion(void) { return 130000; }
-int cublasLtCreate(void** h) { *h = lt_calls; strcat(lt_calls, "c"); return 0; }
+int cublasLtCreate(void** h) { *h = lt_starts ? lt_calls : NULL; strcat(lt_calls, "c"); return !lt_starts; }
 int cublasLtMatmulDescCreate(void** d, int compute, int scale) {
   Op* op = calloc(1, sizeof *op); *op = (Op){compute, scale, 0}; *d = op; return 0;
 }
@@ -286,6 +286,13 @@ def test_errors_name_the_product(host):
         host.call("plain", 9, offset=1)
     with pytest.raises(RuntimeError, match=r"sparse: the scratch buffer is too small, bytes \(64\)"):
         host.call("sparse", 9, scratch=64)
+
+
+def test_a_cublaslt_that_does_not_start_is_done_without(host, capfd):
+    ctypes.c_int.in_dll(host.lt, "lt_starts").value = 0
+    assert host.call("sparse", 9)[:2] == ("do", "c")
+    assert host.call("plain", 9)[:2] == ("o", "")
+    assert capfd.readouterr().err.count("libcublasLt.so.13 does not start on this device") == 1
 
 
 @pytest.mark.parametrize("lt", [None, "int cublasLtCreate(void** h) { return 1; }"], ids=["none", "another"])

@@ -7,7 +7,7 @@
  * cuBLASLt (NVIDIA's documentation, "Using the cuBLASLt API") is opened at the first product, never linked. It is the
  * one that TVM_SPARSE_CUBLASLT names ("0": none), or else the first of: the loader's own (already loaded, on
  * LD_LIBRARY_PATH, known to ldconfig), the one beside the CUDA runtime in use (NVIDIA's wheels), CUDA_HOME, CUDA_PATH,
- * /usr/local/cuda.
+ * /usr/local/cuda. TVM_SPARSE_DEBUG=1 says which; where one was named or found and is of no use, that is said always.
  *
  * Same bits every run: one algorithm for each shape, the heuristics' first, and none that adds up partial sums in an
  * order of arrival. Nothing is allocated on the GPU, nothing waits: calls may be captured in a CUDA graph after a first
@@ -123,9 +123,19 @@ static void* open_library(void) {
   return opened;
 }
 
+/* From here on the library's own kernel serves. */
+static void do_without(int said) {
+  there = -1;
+  if (said) fprintf(stderr, "tvm_sparse: many tokens: the library's own kernel (cuBLASLt: %s)\n", from);
+}
+
+static void append(const char* text) { strncat(from, text, sizeof from - strlen(from) - 1); }
+
 /* Fills in `lt` the first time; 1 where it can be used. */
 static int find_library(void) {
   if (there) return there > 0;
+  const char *named = getenv("TVM_SPARSE_CUBLASLT"), *debug = getenv("TVM_SPARSE_DEBUG");
+  const int asked = named && *named && strcmp(named, "0"), verbose = debug && *debug > '0';
   void* opened = open_library();
   there = opened ? 1 : -1;
   for (size_t i = 0; there > 0 && i < sizeof names / sizeof *names; ++i) {
@@ -135,16 +145,13 @@ static int find_library(void) {
     if (found) {
       memcpy((char*)&lt + i * sizeof found, &found, sizeof found);
     } else {
-      strncat(from, " lacks ", sizeof from - strlen(from) - 1);
-      strncat(from, symbol, sizeof from - strlen(from) - 1);
+      append(" lacks ");
+      append(symbol);
       there = -1;
     }
   }
-  const char* debug = getenv("TVM_SPARSE_DEBUG");
-  if (debug && *debug > '0') {
-    if (there > 0) fprintf(stderr, "tvm_sparse: many tokens: cuBLASLt %zu (%s)\n", lt.GetVersion(), from);
-    else fprintf(stderr, "tvm_sparse: many tokens: the library's own kernel (cuBLASLt: %s)\n", from);
-  }
+  if (there < 0) do_without(verbose || asked || opened);
+  else if (verbose) fprintf(stderr, "tvm_sparse: many tokens: cuBLASLt %zu (%s)\n", lt.GetVersion(), from);
   return there > 0;
 }
 
@@ -190,7 +197,8 @@ static int multiply(const Product* p, const Tensor* x, const Tensor* w, const Te
   pthread_mutex_lock(&lock);
   if (!find_library() || shape.device < 0 || shape.device >= DEVICES) goto end;
   if (!handles[shape.device] && lt.Create(&handles[shape.device])) {
-    done = fail(p, "cublasLtCreate failed on device", shape.device);
+    append(" does not start on this device");
+    do_without(1);
     goto end;
   }
   int status = lt.MatmulDescCreate(&op, COMPUTE_32F, R_32F);
