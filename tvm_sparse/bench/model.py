@@ -216,6 +216,9 @@ def _weights(folder: Path, options: Options) -> Any:
 
 def _label(facts: dict[str, Any], folder: Path) -> str:
     pruning, drawn = facts["pruning"], "" if (folder / INDEX).exists() else ", random"
+    schedule = facts["layout"]["schedule"]
+    if len(schedule) > len(set(schedule)):
+        drawn += f", {len(schedule)} layers with the weights of {len(set(schedule))}"
     if pruning["pattern"] != "unstructured":
         return f"{pruning['pattern']}{drawn}"
     if pruning["sparsity"] is None:
