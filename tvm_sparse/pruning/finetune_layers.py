@@ -22,9 +22,9 @@ from tvm_sparse.errors import Refusal
 from tvm_sparse.progress import bar
 from tvm_sparse.pruning.decoder import Decoder
 from tvm_sparse.pruning.distillation import mixed_precision
-from tvm_sparse.pruning.finetune import Finetune, Teaching, new_matrices
 from tvm_sparse.pruning.layerwise import layer_of
 from tvm_sparse.pruning.rewrite import CheckpointCopy
+from tvm_sparse.pruning.teaching import Finetune, Teaching, new_matrices
 
 
 def finetune_layers(

@@ -11,8 +11,8 @@ from typing import Any
 from tvm_sparse.command_line import CommandParser
 from tvm_sparse.errors import Refusal
 from tvm_sparse.pruning.allocation import OWL_REACH, OWL_THRESHOLD
-from tvm_sparse.pruning.finetune import Budget, Finetune
 from tvm_sparse.pruning.pattern import Pattern, parse_pattern
+from tvm_sparse.pruning.teaching import Budget, Finetune
 
 # What each method compares; the first is its default. Blocks are of 128 columns, all rows.
 GRANULARITIES = {
