@@ -49,6 +49,7 @@ class Decoder:
 DECODERS = {
     "bitmap": Decoder("tvm_sparse.schedules.cuda.decode_bitmap", 1),
     "delta": Decoder("tvm_sparse.schedules.cuda.decode_delta", 8),
+    "tiles": Decoder("tvm_sparse.schedules.cuda.decode_tiles", 32),
     "2:4": Decoder("tvm_sparse.schedules.cuda.decode_two_four", 1),
     "block": Decoder("tvm_sparse.schedules.cuda.decode_block", 1),
 }

@@ -9,7 +9,7 @@ from tvm_sparse.errors import Refusal
 from tvm_sparse.formats import FORMATS, pack
 from tvm_sparse.formats.tiles import cut_of
 from tvm_sparse.schedules.spec import KernelSpec
-from tvm_sparse.schedules.table import instantiate
+from tvm_sparse.schedules.table import decoder, instantiate
 
 # What tensor_core's shim does not have: shared memory at 32-bit addresses, two bfloat16 at once.
 SHIM = r"""
@@ -28,6 +28,11 @@ static void tvms_get_two(unsigned* to, unsigned at) {
   unsigned four[4];
   tvms_ldmatrix(four, (const char*)at_address(at, 16));
   to[0] = four[0], to[1] = four[1];
+}
+static unsigned tvms_take_own(unsigned at) {
+  unsigned value, zero = 0;
+  memcpy(&value, at_address(at, 4), 4), memcpy(at_address(at, 4), &zero, 4);
+  return value;
 }
 static uint4 tvms_words(const uint4* from) { return *from; }
 static uint4 tvms_quad(const void* from) { if ((uintptr_t)from % 16) abort(); return *(const uint4*)from; }
@@ -101,3 +106,14 @@ def test_the_kernel_equals_float64(case, tmp_path):
     rounding = 2**-8 if out_dtype == "bfloat16" else 2**-23
     allowed = want.abs() * rounding + (x.double().abs() @ weight.double().abs().T) * 2**-20
     assert bool(((y.double() - want).abs() <= allowed).all())
+
+
+@pytest.mark.parametrize("case", ["8-tokens", "odd-tiles", "one-tile", "16-tokens"])
+def test_decoding_gives_the_matrix_back(case, tmp_path):
+    options, (n, k), *_ = CASES[case]
+    spec = KernelSpec(FORMATS["tiles"].choice(*options), n, k, None, "bfloat16", "bfloat16", "sm_90a")
+    kernels = emulated_tensor_cores.Kernels(decoder(spec), "kernel", tmp_path)
+    weight, cut = matrix(n, k), cut_of((n, k), spec.choice)
+    dense = torch.full((n, k), float("nan"), dtype=torch.bfloat16)
+    kernels.run("kernel_kernel", (cut.bins,), 32 * cut.warps, {"w": dense, **pack(weight, spec.choice).buffers})
+    assert torch.equal(dense.view(torch.int16), weight.view(torch.int16).masked_fill(weight == 0, 0))

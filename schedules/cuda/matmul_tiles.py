@@ -1,14 +1,9 @@
 """y = x W^T with W as tiles, on a GPU's tensor cores: the kernel of 2 to 16 tokens.
 
 A CTA owns a bin of rows, a warp some of its tiles and a part of the columns; formats/tiles.py says which elements a
-lane's stream holds. Each warp has a ring of 64 registers' images in shared memory:
-
-    ring       [64 registers][32 lanes] x 2 bfloat16      position p of a lane: register p / 2 % 64, half p % 2
-
-A lane stores the values of its words there (bank = lane, so no two lanes meet), 8 words a round. What all lanes have
-passed is read back as fragments of mma.m16n8k16, zeroed and multiplied, a step of 16 columns at a time. Up to 8 tokens
-two tiles of W are the first operand and x the second; from 9 to 16 x is the first, a tile the second. x comes from
-memory, one block of columns ahead, and is scaled by 2^96 on the way; a float32 x is the sum of three bfloat16.
+lane's stream holds, tile_ring.py how they become fragments of mma.m16n8k16, a step of 16 columns at a time. Up to 8
+tokens two tiles of W are the first operand and x the second; from 9 to 16 x is the first, a tile the second. x comes
+from memory, one block of columns ahead, and is scaled by 2^96 on the way; a float32 x is the sum of three bfloat16.
 
 The parts' sums of a row are added in order, so two runs agree bit for bit. Words are read again for every 16 tokens.
 """
@@ -24,78 +19,17 @@ from tvm_sparse.formats.tiles import cut_of
 from tvm_sparse.schedules.cuda.dependent_launch import dependent
 from tvm_sparse.schedules.cuda.device_code import WARP, symbol
 from tvm_sparse.schedules.cuda.tensor_core import SOURCE as TENSOR_CORE
+from tvm_sparse.schedules.cuda.tile_ring import SOURCE as RING_SOURCE
+from tvm_sparse.schedules.cuda.tile_ring import ring_bytes
 from tvm_sparse.schedules.cuda.token_tile import tokens_of
 from tvm_sparse.schedules.spec import KernelSpec
 from tvm_sparse.schedules.table import Decision
 
-RING = 8192  # bytes a warp: formats.tile_words.WINDOW positions of 32 lanes
 # More than half of what an SM has: two CTAs on one SM, which a dependent launch would bring about, are slower than one
 # after the other, because the others then stand on fewer SMs.
 ALONE = 116 << 10
 
-_DEVICE = r"""
-#ifndef TVMS_TILES_DEVICE
-#define TVMS_TILES_DEVICE
-// Shared memory by its own 32-bit addresses: a store's address is put together with a few logical instructions.
-__device__ __forceinline__ unsigned tvms_shared_address(const void* p) { return (unsigned)__cvta_generic_to_shared(p); }
-__device__ __forceinline__ void tvms_put_half(unsigned at, unsigned value) {
-  asm volatile("st.shared.u16 [%0], %1;" :: "r"(at), "h"((unsigned short)value) : "memory");
-}
-__device__ __forceinline__ void tvms_put_zeros(unsigned at) {
-  asm volatile("st.shared.v4.u32 [%0], {%1, %1, %1, %1};" :: "r"(at), "r"(0) : "memory");
-}
-__device__ __forceinline__ void tvms_put_float(unsigned at, float value) {
-  asm volatile("st.shared.f32 [%0], %1;" :: "r"(at), "f"(value) : "memory");
-}
-__device__ __forceinline__ float tvms_get_float(unsigned at) {
-  float value;
-  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(at) : "memory");
-  return value;
-}
-__device__ __forceinline__ void tvms_get_four(unsigned* to, unsigned at) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-      : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(at) : "memory");
-}
-__device__ __forceinline__ void tvms_get_two(unsigned* to, unsigned at) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-      : "=r"(to[0]), "=r"(to[1]) : "r"(at) : "memory");
-}
-__device__ __forceinline__ uint4 tvms_words(const uint4* from) {
-  // Read once, past L1; volatile, or ptxas might move it below the wait for the kernel before.
-  uint4 w;
-  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-      : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w) : "l"(from));
-  return w;
-}
-__device__ __forceinline__ uint4 tvms_quad(const void* from) {
-  uint4 w;
-  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-      : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w) : "l"(from) : "memory");
-  return w;
-}
-__device__ __forceinline__ unsigned tvms_one(const void* from) {
-  unsigned w;
-  asm volatile("ld.global.u32 %0, [%1];" : "=r"(w) : "l"(from) : "memory");
-  return w;
-}
-__device__ __forceinline__ unsigned tvms_half(const void* from) {
-  unsigned short w;
-  asm volatile("ld.global.u16 %0, [%1];" : "=h"(w) : "l"(from) : "memory");
-  return w;
-}
-__device__ __forceinline__ unsigned tvms_scale_pair(unsigned pair) {
-  // Two bfloat16 times 2^96; 2^32 and more would leave the range and is clamped below it.
-  unsigned scaled;
-  asm("{.reg .b32 t; min.NaN.bf16x2 t, %1, %2; max.NaN.bf16x2 t, t, %3; fma.rn.bf16x2 %0, t, %4, %5;}"
-      : "=r"(scaled) : "r"(pair), "r"(0x4f7f4f7fu), "r"(0xcf7fcf7fu), "r"(0x6f806f80u), "r"(0x80008000u));
-  return scaled;
-}
-__device__ __forceinline__ void tvms_leave(float* to, float value) { *to = value; }
-__device__ __forceinline__ void tvms_leave(nv_bfloat16* to, float value) { *to = __float2bfloat16_rn(value); }
-__device__ __forceinline__ void tvms_start_dependents() { asm volatile("griddepcontrol.launch_dependents;"); }
-__device__ __forceinline__ void tvms_wait_for_inputs() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
-#endif
-
+_KERNEL = r"""
 #ifndef TVMS_TILES_X
 #define TVMS_TILES_X
 // 8 columns of a token as they stand in memory, and as fragments: two steps of two registers for each bfloat16 summand.
@@ -156,29 +90,14 @@ __device__ __forceinline__ void tvms_tiles(
     const X* x, const void* words, const unsigned* counts, const int* warps, const int* rows, const int* row_ends,
     const int* scale, const int* res_col, const nv_bfloat16* res_val, Y* y, void* memory, int left) {
   tvms_start_dependents();
-  const int RING = 8192, REGISTERS = 2 * TILES, BLOCKS = (K + 31) / 32, PLACES = SETS * TILES * 8;
+  const int REGISTERS = 2 * TILES, BLOCKS = (K + 31) / 32, PLACES = SETS * TILES * 8;
   const int SUMMANDS = tvms_eight<X>::PARTS;
-  const unsigned PAIR = 0x10001u;
-  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, c = lane & 3;
-  const int part = warp / SETS;
-  const unsigned rings = (tvms_shared_address(memory) + (RING - 1)) & ~(unsigned)(RING - 1);
-  // From another lane, so that the compiler keeps it and does not compute it again and again.
-  const unsigned ring = __shfl_sync(0xffffffffu, (int)(rings + warp * RING), 0);
-
-  const uint4 own = tvms_quad(warps + (blockIdx.x * (PARTS * SETS) + warp) * 4);
-  const int rounds = own.y;
-  const uint4* from = (const uint4*)words + (long long)(int)own.x * 32 + lane;
-  uint4 w[DEPTH];
-#pragma unroll
-  for (int d = 0; d < DEPTH; ++d) {
-    w[d] = make_uint4(0, 0, 0, 0);
-    if (d < rounds) w[d] = tvms_words(from + 32 * d);
-  }
-  const unsigned* count = counts + own.z;
-  unsigned now = tvms_one(count), next = tvms_one(count + 1);
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, c = lane & 3, part = warp / SETS;
+  tvms_ring<GAP_BITS, PARTS * SETS, DEPTH> own;
+  own.begin(words, counts, warps, memory);
+  const int RING = own.RING;
+  const unsigned ring = own.ring;
   const float by = __uint_as_float((unsigned)((int)tvms_one(scale) + (127 - 96)) << 23);  // 2^(base - 96)
-#pragma unroll
-  for (int i = 0; i < RING; i += 512) tvms_put_zeros(ring + i + lane * 16);
   float sums[TILES][4];
 #pragma unroll
   for (int i = 0; i < TILES; ++i) sums[i][0] = sums[i][1] = sums[i][2] = sums[i][3] = 0.f;
@@ -211,27 +130,6 @@ __device__ __forceinline__ void tvms_tiles(
   };
   fetch();
   turn();
-  __syncwarp();
-
-  // Positions in units of 64 bytes, twice: bits 7 to 12 are the register, bit 6 the half.
-  unsigned position = 0;
-  const unsigned base = (lane * 4 | (ring & 0xffff)) * PAIR;
-  auto store = [&](uint4 chunk) {
-    const unsigned pairs[4] = {chunk.x, chunk.y, chunk.z, chunk.w};
-#pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      const unsigned gaps = (pairs[i] >> (9 - GAP_BITS)) & ((((1u << GAP_BITS) - 1) << 6) * PAIR);
-      const unsigned both = gaps * PAIR + position;  // the first word's position, and above it the second's
-      position = __byte_perm(both, 0, 0x3232);
-      unsigned place = (both & ((RING - 128) * PAIR)) | base;
-      place |= (both >> 5) & (2 * PAIR);
-      const unsigned values = pairs[i] & ((0x8000u | ((1u << (15 - GAP_BITS)) - 1)) * PAIR);
-      tvms_put_half(__byte_perm(place, ring, 0x7610), values);
-      tvms_put_half(__byte_perm(place, ring, 0x7632), values >> 16);
-    }
-    position &= (RING - 64) * PAIR;
-  };
-
   // Which row of which register's image a lane reads: up to 8 tokens b0 and b1 of two tiles, in a's order.
   unsigned reader = TOKENS == 8 ? (lane >> 3 & 1) * 256 + (lane >> 4) * 128 + (lane & 7) * 16 : lane * 16;
   unsigned plain = lane * 16;
@@ -275,21 +173,7 @@ __device__ __forceinline__ void tvms_tiles(
     odd = !odd;
   };
 
-  for (int round = 0; round < rounds; round += 8) {
-#pragma unroll
-    for (int d = 0; d < 8; ++d) {
-      if (round + d < rounds) {
-        store(w[d % DEPTH]);
-        if (round + d + DEPTH < rounds) w[d % DEPTH] = tvms_words(from + 32 * (d + DEPTH));
-        __syncwarp();
-#pragma unroll 1
-        for (unsigned steps = now >> (4 * d) & 15; steps; --steps) multiply();
-        __syncwarp();
-      }
-    }
-    from += 32 * 8;
-    now = next, next = tvms_one(count + 2), ++count;
-  }
+  own.walk(multiply);
 
   // Each warp's sums over its ring, [token][row of the set].
   __syncwarp();
@@ -314,7 +198,7 @@ __device__ __forceinline__ void tvms_tiles(
     if (row < 0 || token >= left) continue;
     float total = 0.f;
     for (int p = 0; p < PARTS; ++p)
-      total += tvms_get_float(rings + (p * SETS + place / ROWS) * RING + (token * ROWS + place % ROWS) * 4);
+      total += tvms_get_float(own.rings + (p * SETS + place / ROWS) * RING + (token * ROWS + place % ROWS) * 4);
     total *= by;
     const int slot = blockIdx.x * PLACES + place;
     for (int r = slot ? row_ends[slot - 1] : 0; r < row_ends[slot]; ++r)
@@ -324,7 +208,7 @@ __device__ __forceinline__ void tvms_tiles(
 }
 #endif
 """
-SOURCE = TENSOR_CORE + _DEVICE
+SOURCE = TENSOR_CORE + RING_SOURCE + _KERNEL
 
 
 def space(spec: KernelSpec) -> tuple[Decision, ...]:
@@ -343,7 +227,7 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
     types = {"bfloat16": "nv_bfloat16", "float32": "float"}
     numbers = (cut.gap_bits, cut.parts, cut.sets, cut.tiles, tile, decisions["depth"], n, k)
     arguments = ", ".join([*map(str, numbers), types[spec.x_dtype], types[spec.out_dtype]])
-    room = max(ALONE, RING * (cut.warps + 1))
+    room = max(ALONE, ring_bytes(cut))
 
     @T.prim_func(s_tir=True)
     def matmul_tiles(
@@ -374,7 +258,7 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
                 T.address_of(res_col[0]),
                 T.address_of(res_val[0]),
                 T.address_of(y[tiles * tile, 0]),
-                T.address_of(shared[0]),
+                shared.data,  # address_of would make TVM shrink it to one element
                 T.cast(m - tiles * tile, "int32"),
                 source_code=SOURCE,
             )
