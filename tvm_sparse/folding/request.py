@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from argparse import Namespace
+from argparse import SUPPRESS, Namespace
 from dataclasses import dataclass
 from typing import Any
 
@@ -44,46 +44,49 @@ class FoldRequest:
 
 
 def add_fold_flags(parser: CommandParser) -> None:
-    add = parser.add_argument
+    def add(flag: str, **options: Any) -> None:
+        parser.add_argument(flag, default=SUPPRESS, **options)
+
     add("--fold", metavar="auto|A:B", help="layers A to B - 1 become one of each kind (a comma list of ranges); "
         "auto: neighbours that are alike do")  # fmt: skip
-    add("--fold-threshold", type=float, metavar="COSINE", help=f"how alike, for auto (default {THRESHOLD})")
+    add("--fold-threshold", type=float, metavar="COSINE", help=f"how alike, for auto (default: {THRESHOLD})")
     add("--fold-weights", choices=WEIGHTS, help="whose weights stay: the first layer's (default), the mean of all, or "
         "the best layer's on the calibration text")  # fmt: skip
     add("--calibration", metavar="FILE", help="text to compare layers on: a file, or OWNER/DATASET/FILE on the hub")
-    add("--calibration-samples", type=int, metavar="N", help=f"sequences of it (default {SAMPLES})")
-    add("--calibration-length", type=int, metavar="N", help=f"tokens in each (default {LENGTH})")
-    add("--layers", metavar="A-B,C-D", help="run these layers, in this order, repeats allowed; both ends included")
+    add("--calibration-samples", type=int, metavar="N", help=f"sequences of it (default: {SAMPLES})")
+    add("--calibration-length", type=int, metavar="N", help=f"tokens in each (default: {LENGTH})")
+    add("--layers", metavar="A-B,C-D", help="run these layers, in this order, repeats allowed; both ends included "
+        "(default: all, once)")  # fmt: skip
 
 
 def read_fold_flags(args: Namespace) -> FoldRequest:
     """Raises Refusal for what contradicts itself, and for flags that would change nothing."""
-    auto = args.fold == "auto"
-    if args.fold is None and args.fold_weights is not None:
+    given = vars(args)
+    fold, text, weights = given.get("fold"), given.get("calibration"), given.get("fold_weights", WEIGHTS[0])
+    auto, best, threshold = fold == "auto", weights == "best", given.get("fold_threshold", THRESHOLD)
+    if fold is None and "fold_weights" in given:
         raise Refusal("--fold-weights without --fold: say which layers become one, --fold 8:24 or --fold auto")
-    if not auto and args.fold_threshold is not None:
+    if not auto and "fold_threshold" in given:
         raise Refusal("--fold-threshold is for --fold auto: leave it out, or fold auto")
-    threshold = THRESHOLD if args.fold_threshold is None else args.fold_threshold
     if not 0 < threshold <= 1:
         raise Refusal(f"--fold-threshold {threshold:g} is outside (0, 1]: 0.95 folds layers that are nearly equal")
-    best = args.fold_weights == "best"
-    if best and args.calibration is None:
+    if best and text is None:
         raise Refusal("--fold-weights best tries layers on a text: pass --calibration FILE (not the text you judge on)")
-    if args.calibration is not None and not (auto or best):
+    if text is not None and not (auto or best):
         raise Refusal("--calibration is for --fold auto and --fold-weights best: leave it out, or ask for one of them")
-    for flag in ("samples", "length"):
-        value = getattr(args, f"calibration_{flag}")
-        if value is not None and args.calibration is None:
-            raise Refusal(f"--calibration-{flag} without --calibration: pass a text, or leave it out")
-        if value is not None and value < 1:
-            raise Refusal(f"--calibration-{flag} {value} must be at least 1")
+    for flag in ("calibration_samples", "calibration_length"):
+        said = f"--{flag.replace('_', '-')}"
+        if flag in given and text is None:
+            raise Refusal(f"{said} without --calibration: pass a text, or leave it out")
+        if given.get(flag, 1) < 1:
+            raise Refusal(f"{said} {given[flag]} must be at least 1")
     return FoldRequest(
         auto=auto,
-        ranges=parse_fold(args.fold) if args.fold is not None and not auto else (),
-        layers=None if args.layers is None else parse_layers(args.layers),
+        ranges=parse_fold(fold) if fold is not None and not auto else (),
+        layers=parse_layers(given["layers"]) if "layers" in given else None,
         threshold=threshold,
-        weights=args.fold_weights or "first",
-        text=args.calibration,
-        samples=args.calibration_samples or SAMPLES,
-        length=args.calibration_length or LENGTH,
+        weights=weights,
+        text=text,
+        samples=given.get("calibration_samples", SAMPLES),
+        length=given.get("calibration_length", LENGTH),
     )
