@@ -28,9 +28,9 @@ class Built:
 
 
 def build(path: Path, specs: Sequence[KernelSpec], machine: Machine) -> None:
-    """Compiles every kernel as a build would: by tuning records, many tokens through a decoded matrix.
+    """Compiles every kernel as a build would: by tuning records, many tokens through a decoded matrix or cuBLASLt.
 
-    Beside the library stands what `read` returns.
+    Dense kernels are there under their specs' names, too. Beside the library stands what `read` returns.
     """
     import tvm
 
@@ -48,7 +48,7 @@ def build(path: Path, specs: Sequence[KernelSpec], machine: Machine) -> None:
         return instantiate(spec, records.find(spec).decisions)
 
     for spec in specs:
-        made = product(spec) if spec.choice.name != "dense" else None
+        made = product(spec)
         built[spec.name] = Built(
             made.symbol if made else spec.name, made.scratch if made else 0, records.find(spec).origin
         )

@@ -29,6 +29,7 @@ from tvm_sparse.plan import decide, expected_stats
 from tvm_sparse.schedules.spec import KernelSpec
 
 DENSE = FORMATS["dense"].choice()
+_RIVALS_TOLERANCE = 2e-2  # torch's product of a CSR matrix with several bfloat16 columns is off by 1 %
 
 
 def specs(options: Options) -> list[KernelSpec]:
@@ -104,9 +105,10 @@ class _Lane:
         n, k = weight.shape
         x = random_tokens(tokens, k)
         want = x.double() @ weight.double().T
-        ours, y = self._ours(blank_spec(DENSE, (n, k), tokens, self._machine), x)
-        found: dict[str, Times | None] = {"dense": self._time("dense", [weight], ours)}
-        _check("dense", y, want)
+        kernel = self._kernels[blank_spec(DENSE, (n, k), tokens, self._machine).name]
+        y = _poisoned(tokens, n)
+        found: dict[str, Times | None] = {"dense": self._time("dense", [weight], lambda w: kernel(x, w, y))}
+        _check("dense", y, want, TOLERANCE)
         for name in ("cuBLAS", "cuBLASLt"):
             with gpu_rivals.blas(name.lower()):
                 found[name] = self._rival(name, gpu_rivals.dense(x, weight), want)
@@ -120,7 +122,7 @@ class _Lane:
         """The call on packed buffers, and the poisoned y it fills."""
         built = self._built[spec.name]
         kernel = self._kernels[built.symbol]
-        y = torch.full((x.shape[0], spec.n), torch.nan, dtype=torch.bfloat16, device="cuda")
+        y = _poisoned(x.shape[0], spec.n)
         if not built.scratch:
             return lambda *parts: kernel(x, *parts, y), y
         scratch = torch.empty(built.scratch, dtype=torch.uint8, device="cuda")
@@ -133,7 +135,7 @@ class _Lane:
 
     def _rival(self, name: str, rival: gpu_rivals.Rival, want: torch.Tensor) -> Times:
         times = self._time(name, rival.tensors, rival.call)
-        _check(name, rival.result(), want)
+        _check(name, rival.result(), want, _RIVALS_TOLERANCE)
         return times
 
     def _floor(self, packed: Packed) -> Times:
@@ -158,9 +160,13 @@ class _Lane:
             return None
 
 
-def _check(name: str, y: torch.Tensor, want: torch.Tensor) -> None:
+def _poisoned(tokens: int, n: int) -> torch.Tensor:
+    return torch.full((tokens, n), torch.nan, dtype=torch.bfloat16, device="cuda")
+
+
+def _check(name: str, y: torch.Tensor, want: torch.Tensor, tolerance: float) -> None:
     error = relative_error(y, want)
-    if not error < TOLERANCE:
+    if not error < tolerance:
         raise RuntimeError(f"{name}: relative error {error:.1e}")
 
 

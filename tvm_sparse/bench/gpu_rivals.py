@@ -42,7 +42,8 @@ def dense(x: torch.Tensor, weight: torch.Tensor) -> Rival:
 
 
 def two_four(x: torch.Tensor, weight: torch.Tensor) -> Rival:
-    """cuSPARSELt: the two larger of every four weights, compressed; tokens rounded up to 8, as it wants them.
+    """cuSPARSELt: the two larger of every four weights, compressed; tokens rounded up to 8, as it wants them, and the
+    algorithm that its own search finds.
 
     Its matrix is another one at every share of zeros but a half: 2:4 is the only pattern it has.
     """
@@ -51,10 +52,11 @@ def two_four(x: torch.Tensor, weight: torch.Tensor) -> Rival:
     compressed = torch._cslt_compress((groups * keep).view_as(weight))
     padded = torch.zeros(-(-x.shape[0] // 8) * 8, x.shape[1], dtype=x.dtype, device=x.device)
     padded[: x.shape[0]] = x
+    fastest = torch._cslt_sparse_mm_search(compressed, padded.T)
     out: list[torch.Tensor] = []
 
     def call(packed: torch.Tensor) -> None:
-        out[:] = [torch._cslt_sparse_mm(packed, padded.T)]
+        out[:] = [torch._cslt_sparse_mm(packed, padded.T, alg_id=fastest)]
 
     return Rival((compressed,), call, lambda: out[0].T[: x.shape[0]])
 
