@@ -53,9 +53,12 @@ def tune_kernels(options: TuneOptions, bench: WorkBench, name: str, command: str
             f"{options.out} has records of {known[0]} and {len(known) - 1} other kernels of these: "
             "go on with --resume, or give --out another folder"
         )
+    todo = []
     for spec, sparsities in bench.data.items():
-        notes.same_data(spec, sparsities)
-    todo = [spec for spec in bench.data if missing(spec, records, options.trials)]
+        if other := notes.other_data(spec, sparsities):
+            print(f"{spec.name}: left as it is, its records are of {other}", flush=True)
+        elif missing(spec, records, options.trials):
+            todo.append(spec)
     print(f"{name}: {len(todo)} kernels to tune, {len(bench.data) - len(todo)} have their trials", flush=True)
     report = _Progress(records, options.trials, todo)
     at_once = 1 if bench.apart else TOGETHER

@@ -36,14 +36,10 @@ class Notes:
         self._facts = {"machine": machine, **self._facts}
         self._facts["runs"].append({"date": date.today().isoformat(), "command": command, **versions})
 
-    def same_data(self, spec: KernelSpec, sparsities: Sequence[float]) -> None:
-        """Raises Refusal where the kernel's records are of other data: times would not compare."""
+    def other_data(self, spec: KernelSpec, sparsities: Sequence[float]) -> str:
+        """What the kernel's records were timed on, in words; empty where it is this. Other times would not compare."""
         known = self._facts["kernels"].get(_key(spec))
-        if known and known["sparsity"] != list(sparsities):
-            raise Refusal(
-                f"{spec.name} was tuned on sparsity {_list(known['sparsity'])}, not {_list(sparsities)}: "
-                "name the same --sparsity, or give --out another folder"
-            )
+        return f"sparsity {_list(known['sparsity'])}" if known and known["sparsity"] != list(sparsities) else ""
 
     def put(self, spec: KernelSpec, sparsities: Sequence[float], trials: Sequence[Trial]) -> None:
         """What the records of a kernel say: `trials` are all of this version of it, fastest first."""
