@@ -14,8 +14,9 @@ _SYMBOLIC_TILE = 8  # tokens, where their number is not known
 
 def tile_decision(spec: KernelSpec, columns: int = 0, most: int = 8) -> Decision:
     """Tokens a CTA multiplies at a time, a power of two; `columns` float32 of x a token stand in shared memory."""
-    fits = tuple(t for t in (1, 2, 4, 8) if t <= most and (t == 1 or 4 * t * columns <= SHARED_LIMIT))
     wanted = _SYMBOLIC_TILE if spec.m is None else spec.m
+    tiles = (t for t in (1, 2, 4, 8) if t <= most and t < 2 * wanted)  # half of a larger one would have no token
+    fits = tuple(t for t in tiles if t == 1 or 4 * t * columns <= SHARED_LIMIT)
     return Decision("tile", fits, next((t for t in fits if t >= wanted), fits[-1]))
 
 
