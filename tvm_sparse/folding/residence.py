@@ -18,10 +18,10 @@ from tvm_sparse.plan import Plan, PlanEntry, decide, expected_stats
 from tvm_sparse.targets import Machine
 
 # NVIDIA H200, 60 MiB of L2 (docs/folding.md): a reader of the same 32 MB gets them from there every time, of 40 MB in
-# part, of 48 MB not at all. The delta kernel streams 1.15 times as many bytes a second from it as from memory: staging
-# and decoding take as long as memory does. Assumed of every machine.
+# part, of 48 MB not at all. The delta kernel streams 1.1 times as many bytes a second from there as from memory, since
+# decoding takes as long as memory does. Assumed of every machine.
 HOLDS = 0.5
-CACHED = 1.15
+CACHED = 1.1
 
 
 def residence(
