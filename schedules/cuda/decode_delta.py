@@ -15,7 +15,7 @@ from tvm_sparse.schedules.cuda.device_code import WARP, symbol
 from tvm_sparse.schedules.cuda.token_tile import SHARED_LIMIT
 from tvm_sparse.schedules.spec import KernelSpec
 
-_WARPS = 8
+_WARPS = 16
 
 
 def _source(spec: KernelSpec, rows_at_once: int) -> tuple[str, str]:

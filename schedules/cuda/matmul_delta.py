@@ -32,18 +32,27 @@ LAUNCH_PARAMS, PROGRAMMATIC = "tirx.kernel_launch_params", ["tirx.use_programtic
 
 _LOAD = """
 __device__ __forceinline__ uint4 tvms_stream_load(const void* words, int step, int ahead) {
-  // Read once, by this SM alone: past L1. Volatile and not .nc, which ptxas would let sink below the wait for the
-  // kernel before.
+  // Read once, by this SM alone: first to leave L2, where x is to stay. Volatile and not .nc, which ptxas would let
+  // sink below the wait for the kernel before.
   uint4 w;
-  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
+  asm volatile("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];"
       : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w) : "l"((const char*)words + 512ll * step + 512 * ahead));
   return w;
 }
 """
 
+_AHEAD = """
+__device__ __forceinline__ void tvms_fetch_ahead(const void* words, int step, int count) {
+  // Into L2: memory is to be busy while the kernel before ends, and while x is staged.
+  const char* from = (const char*)words + 512ll * step;
+  if (threadIdx.x % 32 == 0 && count > 0)
+    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(from), "r"(512 * count));
+}
+"""
+
 _IN_ORDER = """
 __device__ __forceinline__ void tvms_in_order() {
-  // ptxas would collect the loads of all chunks in flight behind the last one's products.
+  // ptxas would move loads of global memory behind what follows them, to save registers.
   __syncwarp();
 }
 """
@@ -61,7 +70,7 @@ _SCALE = """
 #define TVMS_SCALE_X
 __device__ __forceinline__ float tvms_scale_x(float x) {
   // 2^96 x; 2^32 and more would leave float32 and is clamped there.
-  return fabsf(x) < 4294967296.f ? x * 79228162514264337593543950336.f : copysignf(3.0e38f, x);
+  return fminf(fmaxf(x * 79228162514264337593543950336.f, -3.402823466e38f), 3.402823466e38f);
 }
 #endif
 """
@@ -70,9 +79,9 @@ _READ = """
 #ifndef TVMS_READ_X
 #define TVMS_READ_X
 // x is another kernel's work: volatile, so that no read of it moves before the wait for that kernel.
-__device__ __forceinline__ unsigned tvms_read_pair(const void* x) {
-  unsigned v;
-  asm volatile("ld.global.u32 %0, [%1];" : "=r"(v) : "l"(x));
+__device__ __forceinline__ uint4 tvms_read_8(const void* x) {
+  uint4 v;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(x));
   return v;
 }
 __device__ __forceinline__ float tvms_read_x(const nv_bfloat16* x) {
@@ -90,31 +99,40 @@ __device__ __forceinline__ float tvms_read_x(const float* x) {
 
 
 def stage_code(tile: int, copies: int) -> tuple[str, str]:
-    """Name and source of the function that scales two columns of `tile` tokens and stores each `copies` times.
+    """Name and source of the function that scales 8 columns of `tile` tokens and stores each `copies` times.
 
-    Lanes that store one token several times begin at different places, which keeps them on different banks.
+    Lanes begin with different columns, which keeps what a warp stores at a time on different banks.
     """
     name = f"tvms_stage_t{tile}_c{copies}"
-    scaled = [
-        f"  float {column}{token} = tvms_scale_x(__uint_as_float({bits.format(token)}));"
-        for token in range(tile)
-        for column, bits in (("a", "v[{}] << 16"), ("b", "v[{}] & 0xffff0000u"))
-    ]
-    stored = [f"{column}{token}" for column in "ab" for _ in range(copies) for token in range(tile)]
-    quads = [f"make_float4({', '.join(stored[i : i + 4])})" for i in range(0, len(stored), 4)]
-    if len(stored) == 2:
-        lines = ["  *(float2*)to = make_float2(a0, b0);"]
-    elif tile == 1 and copies >= 4:
-        lines = []
-        for i in range(len(quads)):
-            lines.append(f"  q = ({i} + (threadIdx.x >> {max(0, 4 - len(quads).bit_length())})) & {len(quads) - 1};")
-            lines.append(f"  f = q < {len(quads) // 2} ? a0 : b0;")
-            lines.append("  ((float4*)to)[q] = make_float4(f, f, f, f);")
-        lines.insert(0, "  int q;\n  float f;")
-    else:
-        lines = [f"  ((float4*)to)[{i}] = {quad};" for i, quad in enumerate(quads)]
-    body = "\n".join([*scaled, *lines])
-    return name, f"{_SCALE}__device__ __forceinline__ void {name}(const unsigned* v, float* to) {{\n{body}\n}}\n"
+    width = tile * copies
+    shift = {1: 2, 2: 1}.get(width, 0)
+    lines = [f"  int turn = threadIdx.x >> {shift} & 3, at;", "  uint4 u;"]
+    lines += [f"  float {column}{token};" for token in range(tile) for column in "ab"]
+    lines += [f"  unsigned p{token}[4];" for token in range(tile)]
+    for token in range(tile):
+        lines.append(f"  u = turn & 1 ? make_uint4({', '.join(f'v[{token}].{i}' for i in 'yzwx')}) : v[{token}];")
+        for i, (straight, turned) in enumerate(zip("xyzw", "zwxy", strict=True)):
+            lines.append(f"  p{token}[{i}] = turn & 2 ? u.{turned} : u.{straight};")
+    if width >= 4:
+        lines.append("  int second = threadIdx.x >> 2 & 1;")
+    for j in range(4):
+        lines.append(f"  at = ({j} + turn & 3) * {2 * width};")
+        for token in range(tile):
+            lines.append(f"  a{token} = tvms_scale_x(__uint_as_float(p{token}[{j}] << 16));")
+            lines.append(f"  b{token} = tvms_scale_x(__uint_as_float(p{token}[{j}] & 0xffff0000u));")
+        column = {c: [f"{c}{token}" for _ in range(copies) for token in range(tile)] for c in "ab"}
+        if width == 1:
+            lines.append("  *(float2*)(to + at) = make_float2(a0, b0);")
+        elif width == 2:
+            lines.append(f"  *(float4*)(to + at) = make_float4({', '.join(column['a'] + column['b'])});")
+        else:
+            for order in ("", "!"):
+                for i in range(0, width, 4):
+                    a, b = (f"make_float4({', '.join(column[c][i : i + 4])})" for c in "ab")
+                    place = f"to + at + ({order}second ? {width} : 0) + {i}"
+                    lines.append(f"  *(float4*)({place}) = {order}second ? {b} : {a};")
+    body = "\n".join(lines)
+    return name, f"{_SCALE}__device__ __forceinline__ void {name}(const uint4* v, float* to) {{\n{body}\n}}\n"
 
 
 _SHARED = """
@@ -259,11 +277,12 @@ __device__ __forceinline__ void {name}(const ushort* first, const float* parts, 
 
 
 def space(spec: KernelSpec) -> tuple[Decision, ...]:
-    """`tile` tokens a CTA, `depth` chunks in flight a lane, `overlap` with the kernel before."""
+    """`tile` tokens a CTA, `depth` chunks in flight a lane, as many more `ahead` in L2 before the wait, `overlap` with
+    the kernel before."""
     return (
         tile_decision(spec, _columns(spec) + _parts(spec)),
-        Decision("depth", _DEPTHS, 6 if spec.m == 1 else 4),
-        Decision("refill", (1, 2, 3), 1),
+        Decision("depth", _DEPTHS, 4),
+        Decision("ahead", (0, 4, 8, 16), 0),
         Decision("overlap", (0, 1), 1),
     )
 
@@ -295,10 +314,12 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
     """(x [m, k], words, lanes, rows, scale, res_col, res_val, y [m, n])."""
     n, k, m = spec.n, spec.k, tokens_of(spec)
     gap_bits, bins, warps, classes, unit = (value for _, value in spec.choice.options)
-    tile, depth, refill, overlap = (decisions[key] for key in ("tile", "depth", "refill", "overlap"))
+    tile, depth, ahead, overlap = (decisions[key] for key in ("tile", "depth", "ahead", "overlap"))
     copies = _copies(spec, tile)
     width = tile * copies  # numbers a column takes
     room, threads = slots(n, bins), warps * WARP
+    # This kernel's CTA of an SM and the next kernel's; with more tokens x leaves no room for the second.
+    resident = 2 if overlap and tile == 1 else 1
     streams = threads // classes
     span = streams + room  # parts of a class
     padded = _columns(spec, depth)
@@ -314,9 +335,9 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
     chunk_name, chunk_source = chunk_code(gap_bits, tile, classes * width, unit)
     row_name, row_source = row_code(classes, classes // helpers, tile)
     stage_name, stage_source = stage_code(tile, copies)
-    pairs = spec.x_dtype == "bfloat16" and k % 2 == 0
-    turns = -(-k // (2 * threads))  # a thread reads 2 columns at a time, several times `together` before it waits
-    together = min(turns, max(1, 12 // tile))
+    eights = spec.x_dtype == "bfloat16" and k % 8 == 0
+    turns = -(-k // (8 * threads))  # a thread reads 8 columns at a time, several times `together` before it waits
+    together = min(turns, max(1, 3 // tile))
 
     def load(words, bin, lane, step, ahead):
         return T.cuda.func_call(
@@ -327,6 +348,10 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
             source_code=_LOAD,
             return_type="uint32x4",
         )
+
+    def fetch_ahead(words, bin, step, count):
+        where = T.address_of(words[bin, 0, 0, 0])
+        return T.evaluate(T.cuda.func_call("tvms_fetch_ahead", where, step, count, source_code=_AHEAD))
 
     def in_order():
         return T.evaluate(T.cuda.func_call("tvms_in_order", source_code=_IN_ORDER))
@@ -349,16 +374,16 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
         pointers = T.address_of(begin), T.address_of(shared[parts]), T.address_of(total[0])
         return T.evaluate(T.cuda.func_call(row_name, *pointers, source_code=row_source))
 
-    def read_pair(x, token, column):
+    def read_8(x, token, column):
         where = T.address_of(x[token, column])
-        return T.cuda.func_call("tvms_read_pair", where, source_code=_READ, return_type="uint32")
+        return T.cuda.func_call("tvms_read_8", where, source_code=_READ, return_type="uint32x4")
 
     def read(x, token, column):
         where = T.address_of(x[token, column])
         return T.cuda.func_call("tvms_read_x", where, source_code=_READ, return_type="float32")
 
-    def stage_pair(pair, first, shared, column):
-        pointers = T.address_of(pair[first]), T.address_of(shared[column * width])
+    def stage_8(eight, first, shared, column):
+        pointers = T.address_of(eight[first]), T.address_of(shared[column * width])
         return T.evaluate(T.cuda.func_call(stage_name, *pointers, source_code=stage_source))
 
     def scaled(value):
@@ -381,6 +406,7 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
         bin = T.launch_thread("blockIdx.x", bins)
         tiles = T.launch_thread("blockIdx.y", T.ceildiv(m, tile))
         thread = T.launch_thread("threadIdx.x", threads)
+        T.attr(T.int32(0), MIN_BLOCKS, resident)
         lane: T.let[T.int32] = thread % WARP
         warp: T.let[T.int32] = thread // WARP
         group: T.let[T.int32] = thread % classes
@@ -391,7 +417,7 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
         begins = T.decl_buffer((2 * total_words,), "uint16", data=shared.data, scope="shared.dyn")
         flat = T.decl_buffer((bins, 2 * room), "int32", data=rows.data)
         ring = T.alloc_buffer((depth,), "uint32x4", scope="local")
-        pair = T.alloc_buffer((together * tile,), "uint32", scope="local")
+        eight = T.alloc_buffer((together * tile,), "uint32x4", scope="local")
         step = T.alloc_buffer((2,), "int32", scope="local")  # next to multiply, end
         start = T.alloc_buffer((2,), "uint32", scope="local")
         rank = T.alloc_buffer((2,), "int32", scope="local")  # where the stream begins, where the next one does
@@ -412,6 +438,8 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
         for d in T.unroll(depth):
             if step[0] + d < step[1]:
                 ring[d] = load(words, bin, lane, step[0], d)
+        if T.bool(ahead > 0):
+            fetch_ahead(words, bin, step[0] + depth, T.min(step[1] - step[0] - depth, ahead))
         start[0] = early(lanes[bin, thread])
         start[1] = T.uint32((room - 1) << 16)
         if thread < threads - classes:
@@ -446,19 +474,20 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
 
         if T.bool(overlap == 1):  # weights never depend on the kernel before, x does
             T.evaluate(T.ptx["griddepcontrol.wait"]())
-        if T.bool(pairs):
+        if T.bool(eights):
             for block in range(T.ceildiv(turns, together)):
                 for turn in T.unroll(together):
-                    if ((block * together + turn) * threads + thread) * 2 < k:
+                    if ((block * together + turn) * threads + thread) * 8 < k:
                         for token in T.unroll(tile):
-                            pair[turn * tile + token] = T.uint32(0)
+                            eight[turn * tile + token] = T.broadcast(T.uint32(0), 4)
                             if tiles * tile + token < m:
-                                pair[turn * tile + token] = read_pair(
-                                    x, tiles * tile + token, ((block * together + turn) * threads + thread) * 2
+                                eight[turn * tile + token] = read_8(
+                                    x, tiles * tile + token, ((block * together + turn) * threads + thread) * 8
                                 )
+                in_order()
                 for turn in T.unroll(together):
-                    if ((block * together + turn) * threads + thread) * 2 < k:
-                        stage_pair(pair, turn * tile, shared, ((block * together + turn) * threads + thread) * 2)
+                    if ((block * together + turn) * threads + thread) * 8 < k:
+                        stage_8(eight, turn * tile, shared, ((block * together + turn) * threads + thread) * 8)
         else:
             for token in T.unroll(tile):
                 for turn in range(T.ceildiv(k, threads)):
@@ -476,18 +505,19 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
             for d in T.unroll(depth):
                 multiply(ring, at, part, sums, d, origin[0])
                 ring[d] = load(words, bin, lane, step[0], d + depth)
-                if T.bool(d % refill == refill - 1):
-                    in_order()
+                in_order()
             at[0] = T.min(at[0] + depth * group_step, origin[0] + end)
             step[0] = step[0] + depth
-        while step[0] < step[1]:
+        if step[0] + depth <= step[1]:
             for d in T.unroll(depth):
-                if step[0] + d < step[1]:
-                    multiply(ring, at, part, sums, d, origin[0])
+                multiply(ring, at, part, sums, d, origin[0])
                 if step[0] + d + depth < step[1]:
                     ring[d] = load(words, bin, lane, step[0], d + depth)
             at[0] = T.min(at[0] + depth * group_step, origin[0] + end)
             step[0] = step[0] + depth
+        for d in T.unroll(depth - 1):
+            if step[0] + d < step[1]:
+                multiply(ring, at, part, sums, d, origin[0])
         for token in T.unroll(tile):
             put(part[0] + 4 * token, sums[token])
         T.tvm_storage_sync("shared.dyn")
@@ -525,9 +555,4 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
                             spec.out_dtype,
                         )
 
-    if not overlap:
-        return matmul_delta
-    attributes: dict[str, object] = {LAUNCH_PARAMS: PROGRAMMATIC}
-    if tile == 1 and threads <= 512:  # with more threads the registers would spill
-        attributes[MIN_BLOCKS] = 2
-    return matmul_delta.with_attr(attributes)
+    return matmul_delta.with_attr(LAUNCH_PARAMS, PROGRAMMATIC) if overlap else matmul_delta

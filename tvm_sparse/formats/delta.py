@@ -70,7 +70,7 @@ class Delta:
     """Zeros a kernel must be able to read after the last column of a class, if it starts no chunk further on."""
 
     def choice(
-        self, gap_bits: int = 4, bins: int = 132, warps: int = 16, classes: int = 8, unit: int = 4
+        self, gap_bits: int = 4, bins: int = 132, warps: int = 24, classes: int = 8, unit: int = 4
     ) -> FormatChoice:
         options = {"gap_bits": gap_bits, "bins": bins, "warps": warps, "classes": classes, "unit": unit}
         known = gap_bits in GAP_BITS and bins >= 1 and 1 <= warps <= 32 and unit in (4, 8)
@@ -84,7 +84,7 @@ class Delta:
         """One split: the usual one, unless another saves 2 % or more: every split is one more kernel to tune."""
         cut = {"bins": 64, "warps": 1, "classes": 1, "unit": 8}
         if machine.is_gpu:
-            cut = {"bins": machine.cores, "warps": 16, "classes": gpu_classes(stats.shape[1]), "unit": 4}
+            cut = {"bins": machine.cores, "warps": 24, "classes": gpu_classes(stats.shape[1]), "unit": 4}
         usual = self.choice(**cut)
         if not _fits(stats.shape, usual):
             return ()
