@@ -65,6 +65,7 @@ if [[ -z $library ]]; then
 fi
 step matmuls "$python" tests/gpu/run_matmuls.py --library "$library"
 step operations "$python" tests/gpu/run_operations.py --library "$library"
+step prefill "$python" tests/gpu/run_prefill_operations.py --library "$library"
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do
     step "$tool-matmuls" sanitized "$tool" "$python" tests/gpu/run_matmuls.py --library "$library" --largest 5000

@@ -1,4 +1,4 @@
-"""Long prefills at the 27B's sizes: python tests/gpu/run_prefill_operations.py LIBRARY
+"""Long prefills at the 27B's sizes: python tests/gpu/run_prefill_operations.py --library FILE
 
 The delta rule and attention of many tokens against float64; beside it, what rounding to bfloat16 as transformers does
 costs (of q, k, v and beta; of everything, in torch's own attention). The same prefill in pieces, and twice.
@@ -14,7 +14,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 import reference  # noqa: E402
 import torch  # noqa: E402
 from cases import SHAPES  # noqa: E402
-from host import DEVICE, Output, load, relative_error  # noqa: E402
+from host import DEVICE, Output, load, library_of, relative_error  # noqa: E402
 
 S = next(shape for shape in SHAPES if shape.name == "large")
 N = 1100
@@ -103,4 +103,4 @@ def main(library: str) -> None:
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(library_of(sys.argv[1:])[0])
