@@ -14,7 +14,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 import reference  # noqa: E402
 import torch  # noqa: E402
 from cases import SHAPES  # noqa: E402
-from host import DEVICE, Output, load, library_of, relative_error  # noqa: E402
+from host import DEVICE, Output, library_of, load, relative_error  # noqa: E402
 
 S = next(shape for shape in SHAPES if shape.name == "large")
 N = 1100

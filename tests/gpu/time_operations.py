@@ -1,4 +1,4 @@
-"""How long prefill's operations take at the 27B's sizes: python tests/gpu/time_operations.py --library FILE [TOKENS ...]
+"""Times of prefill's operations at the 27B's sizes: python tests/gpu/time_operations.py --library FILE [TOKENS ...]
 
 Each operation is captured several times into a CUDA graph and replayed. `floor us` is what reading its inputs and
 writing its outputs once would take at 4.5 TB/s; attention, which multiplies more than it moves, also gives TFLOP/s.
@@ -16,7 +16,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 import torch  # noqa: E402
 import tvm_ffi  # noqa: E402
 from cases import SHAPES  # noqa: E402
-from host import DEVICE, load, library_of  # noqa: E402
+from host import DEVICE, library_of, load  # noqa: E402
 
 S = next(shape for shape in SHAPES if shape.name == "large")
 CALLS = 10
