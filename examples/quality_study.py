@@ -1,7 +1,7 @@
 """The quality study: what pruning costs a model, by method and sparsity, and what fine-tuning brings back.
 
     python quality_study.py run study --text text --results results.json --device cuda
-    python quality_study.py table results.json --plot ../docs/quality.svg
+    python quality_study.py table results.json --plot ../docs/quality.svg --page ../docs/quality.md
 
 `study` and `text` are what train_study.py wrote. Every case prunes the dense model by `tvm_sparse.prune` and judges the
 result on the held-out pages: windows of 512 tokens from an empty cache, float32, as `tvm_sparse.evaluate` does it, in
@@ -68,7 +68,6 @@ WINDOW, BATCH, TOKENS = 512, 16, 60_000
 # One token of Qwen3.5-27B at these sparsities, batch 1, position 0, on an NVIDIA H200: README.md, "Measured". Update
 # here and print the table anew; what is not measured is left out.
 MILLISECONDS = {"dense": "12.98", "50": "8.78", "75": "5.77", "90": "3.95"}
-BEST = "admm, follow"
 FIELDS = (  # title, key of a result, format
     ("perplexity", "perplexity", "{:.2f}"),
     ("KL divergence", "divergence", "{:.3f}"),
@@ -184,48 +183,75 @@ def save(results: dict[str, Any], key: str, found: dict[str, Any], path: Path) -
 
 
 def table(options: argparse.Namespace) -> None:
-    """Prints perplexity, divergence and agreement by method and level; draws the perplexities."""
+    """Prints perplexity, divergence and agreement by method and level, or puts them into a page; draws a plot."""
     results = {key: found for path in options.results for key, found in json.loads(path.read_text()).items()}
-    methods = [name for name in METHODS if any(f"{name} @ {level}" in results for level in LEVELS)]
-    summary(results)
+    sections = {"summary": summary(results), "methods": by_method(results), "changes": changes(results)}
+    if options.plot:
+        options.plot.write_text(drawing(results) + "\n", encoding="utf-8")
+    if not options.page:
+        print("\n\n".join(sections.values()))
+        return
+    page = options.page.read_text(encoding="utf-8")
+    for name, text in sections.items():
+        start, stop = f"<!-- {name}: written by quality_study.py -->\n", f"\n<!-- end of {name} -->"
+        before, after = page.split(start, 1)
+        page = before + start + text + stop + after.split(stop, 1)[1]
+    options.page.write_text(page, encoding="utf-8")
+
+
+def summary(results: dict[str, Any]) -> str:
+    """One row a level: the best in one shot, the best fine-tuned, and how fast the 27B decodes there."""
+    titles = " | ".join(title for title, _, _ in FIELDS)
+    rows = [f"| zeros | in one shot | {titles} | fine-tuned | {titles} | 27B, ms a token |", "|---" * 10 + "|"]
+    for level in ("dense", *LEVELS):
+        cells = []
+        for tuned in (False, True):
+            there = {
+                name: results[f"{name} @ {level}"]
+                for name in METHODS
+                if f"{name} @ {level}" in results and ("tuned" in name) == tuned
+            }
+            if level == "dense" and not tuned:
+                there = {"": results["dense @ 0"]}
+            best = min(there, key=lambda name: there[name]["perplexity"], default=None)
+            found = None if best is None else there[best]
+            cells += [best or "", *(text.format(found[field]) if found else "" for _, field, text in FIELDS)]
+        rows.append(f"| {shown(level)} | " + " | ".join([*cells, MILLISECONDS.get(level, "")]) + " |")
+    return "\n".join(rows)
+
+
+def by_method(results: dict[str, Any]) -> str:
+    """One table a figure, methods by levels."""
+    tables = []
     for title, field, text in FIELDS:
-        print(f"\n| {title} | " + " | ".join(map(shown, LEVELS)) + " |")
-        print("|---|" + "---|" * len(LEVELS))
-        for name in methods:
-            cells = [results.get(f"{name} @ {level}") for level in LEVELS]
-            print(f"| {name} | " + " | ".join(text.format(cell[field]) if cell else "" for cell in cells) + " |")
-    print("\n| one thing changed | perplexity | KL divergence |\n|---|---|---|")
+        rows = [f"| {title} | " + " | ".join(map(shown, LEVELS)) + " |", "|---" * (1 + len(LEVELS)) + "|"]
+        for name in METHODS:
+            found = [results.get(f"{name} @ {level}") for level in LEVELS]
+            if any(found):
+                rows.append(f"| {name} | " + " | ".join(text.format(one[field]) if one else "" for one in found) + " |")
+        tables.append("\n".join(rows))
+    return "\n\n".join(tables)
+
+
+def changes(results: dict[str, Any]) -> str:
+    rows = ["| one thing changed | perplexity | KL divergence |", "|---|---|---|"]
     for key, found in results.items():
         if key.split(" @ ")[0] in SIDE:
-            print(f"| {key.replace(' @ ', ' at ')} % | {found['perplexity']:.2f} | {found['divergence']:.3f} |")
-    if options.plot:
-        options.plot.write_text(drawing(results, methods) + "\n", encoding="utf-8")
-
-
-def summary(results: dict[str, Any]) -> None:
-    """One row a level: in one shot, fine-tuned, and how fast the 27B decodes there."""
-    titles = [title for title, _, _ in FIELDS]
-    print("| zeros | " + " | ".join([*titles, *(f"{title}, tuned" for title in titles)]) + " | 27B, ms a token |")
-    print("|---|---|---|---|---|---|---|---|")
-    for level in ("dense", *LEVELS):
-        found = [results.get(f"{name} @ {level}") for name in (BEST, f"{BEST}, tuned")]
-        if level == "dense":
-            found = [results["dense @ 0"], None]
-        cells = [text.format(one[field]) if one else "" for one in found for _, field, text in FIELDS]
-        print(f"| {shown(level)} | " + " | ".join([*cells, MILLISECONDS.get(level, "")]) + " |")
+            rows.append(f"| {key.replace(' @ ', ' at ')} % | {found['perplexity']:.2f} | {found['divergence']:.3f} |")
+    return "\n".join(rows)
 
 
 def shown(level: str) -> str:
     return f"{level} %" if level.isdigit() else level
 
 
-def drawing(results: dict[str, Any], methods: list[str]) -> str:
+def drawing(results: dict[str, Any]) -> str:
     """Perplexity (logarithmic) by sparsity, one line a method, as a file of its own."""
     shares = [level for level in LEVELS if level != "2:4"]
     lines = {
         name: [(float(level), log10(results[f"{name} @ {level}"]["perplexity"]))
                for level in shares if f"{name} @ {level}" in results]
-        for name in methods
+        for name in METHODS
     }  # fmt: skip
     lines = {name: points for name, points in lines.items() if len(points) > 3}
     dense = log10(results["dense @ 0"]["perplexity"])
@@ -261,6 +287,7 @@ def main() -> None:
     command.set_defaults(run=table)
     command.add_argument("results", type=Path, nargs="+")
     command.add_argument("--plot", type=Path, help="an SVG file to write")
+    command.add_argument("--page", type=Path, help="a Markdown file to write the tables into, between its markers")
     options = parser.parse_args()
     options.run(options)
 
