@@ -63,7 +63,6 @@ static uint4 tvms_stream_load(const void* words, int step, int ahead) {
   return *(const uint4*)((const char*)words + 512ll * (step + ahead));
 }
 static void tvms_in_order() {}
-static void tvms_fetch_ahead(const void*, int, int) {}
 static unsigned tvms_early_load(const void* from) { return *(const unsigned*)from; }
 static uint4 tvms_read_8(const void* x) { return *(const uint4*)x; }
 static float tvms_read_x(const nv_bfloat16* x) { return *x; }
@@ -86,7 +85,7 @@ template <class... T> static void tvms_end_t4(T... t) { tvms_end<4>(t...); }
 template <class... T> static void tvms_end_t8(T... t) { tvms_end<8>(t...); }
 static void copy_async(const void* to, const void* from) { memcpy((void*)to, from, 16); }
 """
-_OWN = re.compile("tvms_(stream_load|in_order|fetch_ahead|early_load|read_8|read_x|address|get[24]?|put|end_t[1248])")
+_OWN = re.compile("tvms_(stream_load|in_order|early_load|read_8|read_x|address|get[24]?|put|end_t[1248])")
 
 
 def compile_kernel(source: str, name: str, folder: Path):

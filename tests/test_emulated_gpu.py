@@ -19,7 +19,7 @@ DELTA = FORMATS["delta"]
 # gap bits, bins, warps, classes, unit; N, K; tokens, declared tokens; dtypes of x and y; decisions
 CASES = {
     "eight-classes": ((4, 3, 2, 8, 4), (100, 72), 1, 1, "bfloat16", "float32", {}),
-    "four-classes": ((5, 2, 4, 4, 4), (70, 300), 1, 1, "bfloat16", "bfloat16", {"depth": 2, "ahead": 4}),
+    "four-classes": ((5, 2, 4, 4, 4), (70, 300), 1, 1, "bfloat16", "bfloat16", {"depth": 2}),
     "sixteen-classes": ((3, 7, 1, 16, 8), (33, 40), 1, 1, "bfloat16", "float32", {"overlap": 0}),
     "a-lane-a-class": ((6, 3, 3, 32, 4), (257, 1000), 1, 1, "bfloat16", "float32", {"depth": 6}),
     "one-class": ((4, 3, 2, 1, 8), (100, 72), 1, 1, "bfloat16", "float32", {"depth": 8}),

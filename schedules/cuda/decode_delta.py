@@ -131,9 +131,7 @@ def build(spec: KernelSpec) -> tvm.tirx.PrimFunc:
     """(words, lanes, rows, scale, res_col, res_val, w [n, k] bfloat16); k a multiple of 8."""
     n, k = spec.n, spec.k
     bins, warps = spec.choice.option("bins"), spec.choice.option("warps")
-    rows_at_once = _WARPS
-    while rows_at_once > 1 and 4 * _ends(spec) + 2 * rows_at_once * k > SHARED_LIMIT:
-        rows_at_once //= 2
+    rows_at_once = max(1, min(_WARPS, (SHARED_LIMIT - 4 * _ends(spec)) // (2 * k)))
     steps, extra = symbol("steps"), symbol("nr")
     name, source = _source(spec, rows_at_once)
 

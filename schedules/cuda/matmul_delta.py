@@ -26,6 +26,10 @@ from tvm_sparse.schedules.cuda.token_tile import SHARED_LIMIT, tile_decision, to
 from tvm_sparse.schedules.spec import KernelSpec
 from tvm_sparse.schedules.table import Decision
 
+_ALONE = 116 << 10
+"""More than half of an SM's shared memory: no SM takes two CTAs. Launched early, behind a small kernel, they would
+settle two by two where the kernel before has left an SM already, and others would stand empty: a third slower."""
+
 MIN_BLOCKS = "tirx.launch_bounds_min_blocks_per_sm"
 # Programmatic dependent launch (CUDA): the kernel starts while the one before still runs, and waits for it itself.
 LAUNCH_PARAMS, PROGRAMMATIC = "tirx.kernel_launch_params", ["tirx.use_programtic_dependent_launch"]
@@ -38,15 +42,6 @@ __device__ __forceinline__ uint4 tvms_stream_load(const void* words, int step, i
   asm volatile("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];"
       : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w) : "l"((const char*)words + 512ll * step + 512 * ahead));
   return w;
-}
-"""
-
-_AHEAD = """
-__device__ __forceinline__ void tvms_fetch_ahead(const void* words, int step, int count) {
-  // Into L2: memory is to be busy while the kernel before ends, and while x is staged.
-  const char* from = (const char*)words + 512ll * step;
-  if (threadIdx.x % 32 == 0 && count > 0)
-    asm volatile("cp.async.bulk.prefetch.L2.global [%0], %1;" :: "l"(from), "r"(512 * count));
 }
 """
 
@@ -277,17 +272,15 @@ __device__ __forceinline__ void {name}(const ushort* first, const float* parts, 
 
 
 def space(spec: KernelSpec) -> tuple[Decision, ...]:
-    """`tile` tokens a CTA, `depth` chunks in flight a lane, as many more `ahead` in L2 before the wait, `overlap` with
-    the kernel before."""
+    """`tile` tokens a CTA, `depth` chunks in flight a lane, `overlap` with the kernel before."""
     return (
         tile_decision(spec, _columns(spec) + _parts(spec)),
         Decision("depth", _DEPTHS, 4),
-        Decision("ahead", (0, 4, 8, 16), 0),
         Decision("overlap", (0, 1), 1),
     )
 
 
-_DEPTHS = (2, 3, 4, 6, 8)
+_DEPTHS = (2, 3, 4, 5, 6, 8)
 
 
 def _columns(spec: KernelSpec, depth: int = max(_DEPTHS)) -> int:
@@ -314,11 +307,11 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
     """(x [m, k], words, lanes, rows, scale, res_col, res_val, y [m, n])."""
     n, k, m = spec.n, spec.k, tokens_of(spec)
     gap_bits, bins, warps, classes, unit = (value for _, value in spec.choice.options)
-    tile, depth, ahead, overlap = (decisions[key] for key in ("tile", "depth", "ahead", "overlap"))
+    tile, depth, overlap = (decisions[key] for key in ("tile", "depth", "overlap"))
     copies = _copies(spec, tile)
     width = tile * copies  # numbers a column takes
     room, threads = slots(n, bins), warps * WARP
-    # This kernel's CTA of an SM and the next kernel's; with more tokens x leaves no room for the second.
+    # Registers for two CTAs of an SM, this kernel's and the next one's beginning; with more tokens x leaves no room.
     resident = 2 if overlap and tile == 1 else 1
     streams = threads // classes
     span = streams + room  # parts of a class
@@ -327,6 +320,8 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
     firsts = parts + -(-classes * span * tile // 4) * 4
     table = firsts + -(-classes * room // 8) * 4
     total_words = table + 2 * room
+    if overlap and tile == 1:
+        total_words = max(total_words, _ALONE // 4)
     helpers = 1  # lanes that add up a row
     while 2 * helpers <= classes and 2 * helpers * room <= threads:
         helpers *= 2
@@ -348,10 +343,6 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
             source_code=_LOAD,
             return_type="uint32x4",
         )
-
-    def fetch_ahead(words, bin, step, count):
-        where = T.address_of(words[bin, 0, 0, 0])
-        return T.evaluate(T.cuda.func_call("tvms_fetch_ahead", where, step, count, source_code=_AHEAD))
 
     def in_order():
         return T.evaluate(T.cuda.func_call("tvms_in_order", source_code=_IN_ORDER))
@@ -438,8 +429,6 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
         for d in T.unroll(depth):
             if step[0] + d < step[1]:
                 ring[d] = load(words, bin, lane, step[0], d)
-        if T.bool(ahead > 0):
-            fetch_ahead(words, bin, step[0] + depth, T.min(step[1] - step[0] - depth, ahead))
         start[0] = early(lanes[bin, thread])
         start[1] = T.uint32((room - 1) << 16)
         if thread < threads - classes:
