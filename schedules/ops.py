@@ -16,13 +16,10 @@ in place, then outputs. Common to all:
 
 from __future__ import annotations
 
-import json
 from importlib import import_module
 
 import tvm
 from tvm.s_tir.stmt import SBlock, SBlockRealize
-
-from tvm_sparse.schedules.prologue import OPERATION_ATTR
 
 PrimFunc = tvm.tirx.PrimFunc
 
@@ -55,6 +52,8 @@ MODULES = {
     "advance": "advance",
     "pick_part": "pick",
     "pick_join": "pick",
+    "candidates_part": "candidates",
+    "candidates_join": "candidates",
 }
 """Operation -> module under schedules/cpu and schedules/cuda that builds it."""
 
@@ -63,7 +62,10 @@ class ModelOps:
     """The operations for one device, "cpu" or "cuda"."""
 
     PICKS = 128
-    """Stretches of the vocabulary that pick_part looks at."""
+    """Stretches of the vocabulary that pick_part and candidates_part look at."""
+
+    KEPT = 64
+    """The largest logits that candidates_join gives."""
 
     def __init__(self, device: str) -> None:
         if device not in ("cpu", "cuda"):
@@ -76,8 +78,7 @@ class ModelOps:
         key = (name, *static)
         if key not in self._built:
             module = import_module(f"tvm_sparse.schedules.{self.device}.{MODULES[name]}")
-            kernel = as_kernel(getattr(module, name)(*static))
-            self._built[key] = kernel.with_attr(OPERATION_ATTR, json.dumps(key))
+            self._built[key] = as_kernel(getattr(module, name)(*static))
         return self._built[key]
 
     def embedding(self, tokens: int | None, vocab: int, hidden: int, table_dtype: str, dtype: str) -> PrimFunc:
@@ -276,3 +277,18 @@ class ModelOps:
     def pick_join(self, tokens: int) -> PrimFunc:
         """(values [n, PICKS] f32, places [n, PICKS] int32, ids [n] int32): the place of the largest. Only on a GPU."""
         return self._build("pick_join", tokens, self.PICKS)
+
+    def candidates_part(self, tokens: int, vocab: int) -> PrimFunc:
+        """(logits [n, vocab] f32, scale [1] f32, keys [n, PICKS, KEPT] uint64, sums [n, PICKS, 2] f32).
+
+        Each stretch's largest logits in order, packed with their ids; its largest times scale, and the sum of
+        e^((logit - largest) scale). Only on a GPU.
+        """
+        return self._build("candidates_part", tokens, vocab, self.PICKS)
+
+    def candidates_join(self, tokens: int) -> PrimFunc:
+        """(keys, sums, values [n, KEPT] f32, ids [n, KEPT] int32, log_sum [n] f32).
+
+        The largest logits in order, of equal ones the first, and log sum e^(logit scale) over all. Only on a GPU.
+        """
+        return self._build("candidates_join", tokens, self.PICKS)

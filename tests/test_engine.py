@@ -126,6 +126,21 @@ def test_sampling():
     assert np.abs(counts - np.exp(logits) / np.exp(logits).sum()).max() < 0.02
 
 
+def test_sampling_from_the_largest_logits_is_sampling_from_all():
+    logits = np.random.default_rng(1).standard_normal(500).astype(np.float32) * 3
+    order = np.argsort(-logits, kind="stable")
+    for options in ({"top_k": 20}, {"top_k": 64, "top_p": 0.9}, {"top_p": 0.5}, {"top_k": 65}, {"top_p": 1.0}):
+        sampling = Sampling(1.3, **options)
+        log_sum = np.log(np.exp(logits.astype(np.float64) / 1.3).sum())
+        few, all_of_them = np.random.default_rng(2), np.random.default_rng(2)
+        for _ in range(50):
+            found = sampling.choose_among(logits[order[:64]], order[:64], log_sum, few)
+            if found is None:  # too few: nothing was drawn
+                assert options in ({"top_k": 65}, {"top_p": 1.0})
+                break
+            assert found == sampling.choose(logits, all_of_them)
+
+
 def test_streaming_never_splits_a_character(artefact):
     tokenizer = TextTokenizer(artefact)
     text = "Noé saw 🌈 and 水"

@@ -18,15 +18,17 @@ LAUNCH_PARAMS, PROGRAMMATIC = "tirx.kernel_launch_params", ["tirx.use_programtic
 _READ = """
 #ifndef TVMS_READ
 #define TVMS_READ
-__device__ __forceinline__ float tvms_read(const float* from) {
-  float v;
-  asm volatile("ld.global.f32 %0, [%1];" : "=f"(v) : "l"(from));
-  return v;
-}
-__device__ __forceinline__ float tvms_read(const nv_bfloat16* from) {
-  unsigned short v;
-  asm volatile("ld.global.u16 %0, [%1];" : "=h"(v) : "l"(from));
-  return __uint_as_float((unsigned)v << 16);
+template <class T>
+__device__ __forceinline__ float tvms_read(const T* from) {
+  if constexpr (sizeof(T) == 4) {
+    float v;
+    asm volatile("ld.global.f32 %0, [%1];" : "=f"(v) : "l"(from));
+    return v;
+  } else {  // bfloat16, whose type is not known where no kernel uses it
+    unsigned short v;
+    asm volatile("ld.global.u16 %0, [%1];" : "=h"(v) : "l"(from));
+    return __uint_as_float((unsigned)v << 16);
+  }
 }
 __device__ __forceinline__ int tvms_read_int(const int* from) {
   int v;

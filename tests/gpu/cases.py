@@ -134,6 +134,8 @@ def operations(shape: Shape, ops) -> dict[str, object]:
         if t is not None and ops.device == "cuda":
             built["pick_part"] = ops.pick_part(t, s.vocab)
             built["pick_join"] = ops.pick_join(t)
+            built["candidates_part"] = ops.candidates_part(t, s.vocab)
+            built["candidates_join"] = ops.candidates_join(t)
         found |= {f"{s.name}_{name}_{tag}": function for name, function in built.items()}
     found[f"{s.name}_last_row_p"] = ops.last_row(s.hidden, s.dtype)
     found[f"{s.name}_log_probs_p"] = ops.log_probs(s.vocab)

@@ -1,4 +1,4 @@
-"""A whole model through the engine, on one device and then another.
+"""A whole model through the engine, on one device and then another; an artefact for a batch with sequences of its own.
 
 python tests/gpu/run_model.py ARTEFACT DEVICE NUMBERS.npz
 
@@ -21,7 +21,10 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 
 
 def results(engine: Engine) -> dict[str, np.ndarray]:
-    """Logits of a prompt, of greedy steps after it, and scores; a second run must give the same bits."""
+    """Logits of a prompt, of greedy steps after it, and scores; a second run must give the same bits.
+
+    What `generate` writes must be those steps: on a GPU it picks its tokens there.
+    """
     random = np.random.default_rng(7)
     prompt = random.integers(0, engine.vocab_size, 150).tolist()
     runs = []
@@ -35,12 +38,34 @@ def results(engine: Engine) -> dict[str, np.ndarray]:
         engine.reset()
         runs.append({"logits": np.stack(logits), "tokens": np.array(tokens), "scores": engine.score(prompt)})
     assert all(np.array_equal(runs[0][key], runs[1][key]) for key in runs[0]), "two runs differ"
+    written, tokens = list(engine.generate(prompt, max_new_tokens=STEPS)), runs[0]["tokens"].tolist()
+    ends = [i for i, token in enumerate(tokens) if token in engine.eos_token_ids]
+    assert written == tokens[: ends[0] if ends else STEPS], "generate writes other tokens than decode"
     return runs[0]
+
+
+def results_of_batch(engine: Engine) -> dict[str, np.ndarray]:
+    """Logits of sequences of different lengths that decode together, one replaced by another halfway; twice."""
+    random = np.random.default_rng(8)
+    prompts = [random.integers(0, engine.vocab_size, 1 + 37 * slot % 151).tolist() for slot in range(engine.batch)]
+    given = random.integers(0, engine.vocab_size, (STEPS, engine.batch)).tolist()
+    fresh = random.integers(0, engine.vocab_size, 70).tolist()
+    runs = []
+    for _ in range(2):
+        engine.reset()
+        logits = [engine.prefill(prompts)]
+        for step, tokens in enumerate(given):
+            if step == STEPS // 2:
+                logits[-1][1] = engine.refill(1, fresh)
+            logits.append(engine.decode(tokens))
+        runs.append(np.stack(logits))
+    assert np.array_equal(*runs), "two runs differ"
+    return {"logits": runs[0], "tokens": np.zeros(STEPS), "scores": np.zeros(1)}
 
 
 def main(artefact: str, device: str, numbers: str) -> None:
     engine = Engine(artefact, device=device)
-    found = results(engine)
+    found = results(engine) if engine.batch == 1 else results_of_batch(engine)
     if not Path(numbers).exists():
         np.savez(numbers, **found)
         print(f"{artefact} on {device}: written to {numbers}")

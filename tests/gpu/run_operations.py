@@ -164,6 +164,7 @@ class Checks:
             self.call("pick_join_d", values, places, chosen)
             first = torch.from_numpy(logits.cpu().numpy().argmax(1)).to(DEVICE)
             self.results.append((f"{s.name}_pick", 0.0, torch.equal(chosen.long(), first)))
+            self.candidates(logits)
 
         if tag == "p":
             y = Output(1, s.hidden, dtype=self.dtype)
@@ -174,6 +175,19 @@ class Checks:
             self.call("log_probs_p", logits, ids, y)
             rows = torch.arange(n, device=DEVICE)
             self.note("log_probs_p", y.tensor, logits.double().log_softmax(1)[rows, ids.long()])
+
+    def candidates(self, logits: torch.Tensor) -> None:
+        """The largest logits, of equal ones the first, and the logarithm of the sum at a temperature of 0.8."""
+        n, scale = len(logits), torch.full((1,), 1.25, device=DEVICE)
+        keys = torch.zeros(n, 128, 64, dtype=torch.uint64, device=DEVICE)
+        sums, values = Output(n, 128, 2, dtype=torch.float32), Output(n, 64, dtype=torch.float32)
+        ids, log_sum = torch.full((n, 64), -1, dtype=torch.int32, device=DEVICE), Output(n, dtype=torch.float32)
+        self.call("candidates_part_d", logits, scale, keys, sums)
+        self.call("candidates_join_d", keys, sums, values, ids, log_sum)
+        order = logits.sort(descending=True, stable=True)
+        right = torch.equal(ids.long(), order.indices[:, :64]) and torch.equal(values.tensor, order.values[:, :64])
+        self.results.append((f"{self.s.name}_candidates", 0.0, right))
+        self.note("candidates_log_sum", log_sum.tensor, (logits.double() * 1.25).logsumexp(1))
 
     def attention_step(self, qkv: torch.Tensor, q_norm: torch.Tensor, k_norm: torch.Tensor, held: int) -> None:
         """Both kernels of a decode step, sequences of different lengths, what lies past them poisoned."""

@@ -57,7 +57,7 @@ class Engine:
         self._device = Device(device)
         self.memory = plan_memory(facts, (weights.nbytes(name) for name in facts["params"]), self.context)
         self.memory.require(self._device.free_memory() + weights.resident, device, folder)
-        vm = self._device.load_vm(self._folder / LIBRARY)
+        self._vm = vm = self._device.load_vm(self._folder / LIBRARY)
         self._prefill, self._decode, self._score = vm["prefill"], vm["decode"], vm["score"]
         self._pick = vm["pick"] if self._device.kind == "cuda" else None
         self._params = self._device.array([weights.tensor(name, self._device) for name in facts["params"]])
@@ -70,6 +70,7 @@ class Engine:
         self._slot = self._device.zeros((1,), "int32")
         self._position = self._device.zeros((self.batch,), "int32")
         self._step_ids = self._device.zeros((self.batch,), "int32")
+        self._scale = self._device.zeros((1,), "float32")
         self._positions = [0] * self.batch
         self._steps = 0
         self._captured: CapturedStep | None = None
@@ -195,18 +196,22 @@ class Engine:
             yield token
             if remaining == 1 or self._positions[0] == self.context:
                 return
-            if sampling.temperature == 0 and self._pick is not None:
-                following = self._greedy(token)
-            else:
-                following = sampling.choose(self.decode(token), random)
+            following = self._following(token, sampling, random)
 
-    def _greedy(self, token: int) -> int:
-        """decode, and the likeliest next token: four bytes come back, and stay where the next step reads them."""
+    def _following(self, token: int, sampling: Sampling, random: np.random.Generator) -> int:
+        """decode, and the next token. From a GPU come four bytes, or the largest logits where they are enough."""
+        if self._pick is None:
+            return sampling.choose(self.decode(token), random)
         if token != self._picked:
             self._device.upload(self._step_ids, np.array([token], np.int32))
-        self._decode_step()
-        self._picked = int(self._device.download(self._step_ids)[0])
-        return self._picked
+        logits = self._decode_step()
+        if sampling.temperature == 0:
+            self._picked = int(self._device.download(self._step_ids)[0])
+            return self._picked
+        self._device.upload(self._scale, np.array([1 / sampling.temperature], np.float32))
+        found = [self._device.download(each)[0] for each in self._vm["candidates"](logits, self._scale)]
+        chosen = sampling.choose_among(*found, random)
+        return sampling.choose(self._device.download(logits)[0], random) if chosen is None else chosen
 
     def _prefill_slot(self, slot: int, ids: Sequence[int]) -> np.ndarray:
         self._require_room(slot, ids)

@@ -25,6 +25,22 @@ class Sampling:
         if not 0 < self.top_p <= 1:
             raise Refusal(f"top-p {self.top_p:g} is outside (0, 1]: 1 keeps every token")
 
+    def choose_among(
+        self, values: np.ndarray, ids: np.ndarray, log_sum: float, random: np.random.Generator
+    ) -> int | None:
+        """As `choose`, from the largest logits in order, their ids, and log sum e^(logit / temperature) over all.
+
+        None, and no number drawn, where more logits than these would have to be known.
+        """
+        scaled = values.astype(np.float64) / self.temperature
+        if 0 < self.top_k <= len(values):
+            weights = np.exp(scaled[: self.top_k] - scaled[0])
+            return self._draw(ids, weights / weights.sum(), random)
+        weights = np.exp(scaled - log_sum)
+        if self.top_k or weights.sum() < self.top_p:
+            return None
+        return self._draw(ids, weights, random)
+
     def choose(self, logits: np.ndarray, random: np.random.Generator) -> int:
         """float32 [vocab] -> a token id. One number is drawn unless greedy; equal logits: the lowest id first."""
         if self.temperature == 0:
@@ -34,7 +50,10 @@ class Sampling:
             order = order[: self.top_k]
         scaled = logits[order].astype(np.float64) / self.temperature
         weights = np.exp(scaled - scaled[0])
-        weights /= weights.sum()
+        return self._draw(order, weights / weights.sum(), random)
+
+    def _draw(self, order: np.ndarray, weights: np.ndarray, random: np.random.Generator) -> int:
+        """One of `order`, whose probabilities are `weights`, the largest first."""
         before = np.cumsum(weights) - weights
         weights = weights[before < self.top_p]  # the smallest set that reaches top_p; never empty
         reached = np.cumsum(weights)

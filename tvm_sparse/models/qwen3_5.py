@@ -91,7 +91,25 @@ def build_module(
         _Writer(name, builder, ops, config, dtype, batch, weight_dtype or dtype, wide).write()
     if device == "cuda":
         _write_pick(builder, ops, batch, config.vocab_size)
+        _write_candidates(builder, ops, batch, config.vocab_size)
     return builder.finalize()
+
+
+def _write_candidates(builder: relax.BlockBuilder, ops: ModelOps, batch: int, vocab: int) -> None:
+    """candidates(logits [B, V], scale [1]) -> values [B, K], ids [B, K], log_sum [B]: what sampling needs of them."""
+    logits, scale = _var("logits", (batch, vocab), "float32"), _var("scale", (1,), "float32")
+    part = builder.add_func(ops.candidates_part(batch, vocab), "candidates_part")
+    join = builder.add_func(ops.candidates_join(batch), "candidates_join")
+    with builder.function("candidates", [logits, scale]):
+        with builder.dataflow():
+            parts = [((batch, ops.PICKS, ops.KEPT), "uint64"), ((batch, ops.PICKS, 2), "float32")]
+            found = builder.emit(
+                relax.op.call_tir(part, relax.Tuple([logits, scale]), [relax.TensorType(*each) for each in parts])
+            )
+            both = relax.Tuple([builder.emit(relax.TupleGetItem(found, i)) for i in range(2)])
+            results = [((batch, ops.KEPT), "float32"), ((batch, ops.KEPT), "int32"), ((batch,), "float32")]
+            out = builder.emit_output(relax.op.call_tir(join, both, [relax.TensorType(*each) for each in results]))
+        builder.emit_func_output(out)
 
 
 def _write_pick(builder: relax.BlockBuilder, ops: ModelOps, batch: int, vocab: int) -> None:
