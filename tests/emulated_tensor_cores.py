@@ -26,6 +26,7 @@ SHIM = r"""
 #include <cstdint>
 #include <cstdlib>
 #include <cstring>
+#include <type_traits>
 #include <ucontext.h>
 #include <vector>
 #define __device__
@@ -44,10 +45,11 @@ static float4 make_float4(float x, float y, float z, float w) { return {x, y, z,
 struct dim { unsigned x, y, z; };
 static dim threadIdx, blockIdx, blockDim, gridDim;
 using std::min; using std::max;
+static float __fdividef(float x, float y) { return x / y; }
 static float rsqrtf(float x) { return 1 / sqrtf(x); }
 static float __uint_as_float(unsigned u) { float f; memcpy(&f, &u, 4); return f; }
 static unsigned __float_as_uint(float f) { unsigned u; memcpy(&u, &f, 4); return u; }
-alignas(128) static unsigned char shared_memory[227 << 10];
+alignas(1024) static unsigned char shared_memory[227 << 10];
 
 struct Barrier { int waiting = 0, round = 0; };
 static ucontext_t scheduler, fibers[1024];
@@ -128,6 +130,54 @@ static void multiply(float* c, const unsigned* a, unsigned b0, unsigned b1, bool
 }
 static void tvms_mma_f16(float* c, const unsigned* a, unsigned b0, unsigned b1) { multiply(c, a, b0, b1, false); }
 static void tvms_mma_bf16(float* c, const unsigned* a, unsigned b0, unsigned b1) { multiply(c, a, b0, b1, true); }
+#ifdef TVMS_WARPGROUP
+// What a descriptor of wgmma names: groups of eight rows of 128 bytes; address bits 4 to 6 are xored with 7 to 9.
+typedef unsigned long long Tile;
+static Tile tvms_tile(const char* at, int across = 16) {
+  return (Tile)(at - (const char*)shared_memory) >> 4 | (Tile)(across >> 4) << 16 | 64ull << 32;
+}
+static float read_tile(Tile tile, bool bf16, int row, int column) {
+  unsigned at = (unsigned)(tile & 0x3fff) * 16 + row / 8 * (unsigned)(tile >> 32 & 0x3fff) * 16 + row % 8 * 128;
+  at += column / 64 * (unsigned)(tile >> 16 & 0x3fff) * 16 + column % 64 * 2;
+  at ^= at >> 3 & 0x70;
+  unsigned short bits;
+  memcpy(&bits, shared_memory + at, 2);
+  if (bf16) return __uint_as_float((unsigned)bits << 16);
+  _Float16 half;
+  memcpy(&half, &bits, 2);
+  return half;
+}
+template <int N, typename A> static void product(float (&c)[N][4], A a, Tile b, int add, bool bf16, bool turned) {
+  const Scratch* all = nullptr;
+  if constexpr (!std::is_same_v<A, Tile>) all = &exchange(a, 4);
+  int lane = running % 32;
+  for (int i = 0; i < 4 * N; ++i) {
+    int row = lane / 4 + i % 4 / 2 * 8, column = i / 4 * 8 + lane % 4 * 2 + i % 2;
+    float sum = add ? c[i / 4][i % 4] : 0;
+    for (int k = 0; k < 16; ++k) {
+      float left;
+      if constexpr (std::is_same_v<A, Tile>) left = read_tile(a, bf16, running / 32 % 4 * 16 + row, k);
+      else left = read_half(*all, bf16, row % 8 * 4 + k % 8 / 2, row / 8 + k / 8 * 2, k % 2);
+      sum += left * (turned ? read_tile(b, bf16, k, column) : read_tile(b, bf16, column, k));
+    }
+    c[i / 4][i % 4] = sum;
+  }
+}
+template <int N> static void tvms_product_f16(float (&c)[N][4], const unsigned* a, Tile b, int add) {
+  product(c, a, b, add, false, false);
+}
+template <int N> static void tvms_product_bf16(float (&c)[N][4], Tile a, Tile b, int add) {
+  product(c, a, b, add, true, false);
+}
+template <int N> static void tvms_product_bf16_turned(float (&c)[N][4], const unsigned* a, Tile b, int add) {
+  product(c, a, b, add, true, true);
+}
+static void tvms_products_begin() {}
+static void tvms_products_sent() {}
+template <int LATEST = 0> static void tvms_products_done() {}
+template <int N> static void tvms_settled(float (&)[N][4]) {}
+static void tvms_publish() {}
+#endif
 static unsigned tvms_pack_f16(float low, float high) {
   _Float16 both[2] = {(_Float16)low, (_Float16)high};
   unsigned word;
@@ -195,8 +245,10 @@ def generated(function: tvm.tirx.PrimFunc, name: str, folder: Path) -> str:
 class Kernels:
     """The kernels of one PrimFunc, compiled for this machine."""
 
-    def __init__(self, function: tvm.tirx.PrimFunc, name: str, folder: Path) -> None:
+    def __init__(self, function: tvm.tirx.PrimFunc, name: str, folder: Path, warpgroup: bool = False) -> None:
+        """`warpgroup`: as an H200 compiles it, with products of four warps."""
         source = generated(function, name, folder)
+        own = ["TVMS_WARPGROUP", *re.findall(r"!defined\((TVMS_PRODUCT_\w+)\)", source)] if warpgroup else []
         code = source[source.rindex(_PREAMBLE_ENDS) + len(_PREAMBLE_ENDS) :]
         code = re.sub(r"extern __shared__ __align__\(\d+\) (\w+) (\w+)\[\];", r"\1* \2 = (\1*)shared_memory;", code)
         kernels = re.findall(r'^extern "C" __global__ void __launch_bounds__\(\d+\) (\w+)\(([^()]*)\) \{', code, re.M)
@@ -213,7 +265,20 @@ class Kernels:
             runners.append(f"namespace of_{kernel} {{ {runner} }}")
         written, library = folder / f"{name}.cc", folder / f"{name}.so"
         written.write_text(SHIM + code + "\n".join(runners))
-        asked = ["-x", "c++", "-std=c++20", "-O1", "-w", "-shared", "-fPIC", "-o", library, written, "-lstdc++"]
+        asked = [
+            *(f"-D{guard}" for guard in own),
+            "-x",
+            "c++",
+            "-std=c++20",
+            "-O1",
+            "-w",
+            "-shared",
+            "-fPIC",
+            "-o",
+            library,
+            written,
+            "-lstdc++",
+        ]
         subprocess.run([cuda_stub.c_compiler(), *map(str, asked)], check=True)
         self.library = ctypes.CDLL(str(library))
 

@@ -47,7 +47,7 @@ def test_kernels_ask_for_all_their_memory(monkeypatch):
     mod = tvm.IRModule({name: as_kernel(f).with_attr("global_symbol", name) for name, f in functions.items()})
     with cuda._nvcc(toolkit, ["sm_90a"]), target:
         host = tvm.compile(mod, target=target).mod.inspect_source()
-    for in_shared in (50944, 150528, (128 + 4 * 64) * 256 * 2):
+    for in_shared in (47104, 151552, (128 + 4 * 64) * 256 * 2):
         assert f"store i64 {in_shared}," in host
     assert not re.search(r"%(queries|keys|inside|across|gates) = .*\(i32 2, i32 %dev_id, i64 \d", host)
 
@@ -60,11 +60,14 @@ DECAYS = {"usual": (0.0, -4.0), "none": (-30.0, -8.0), "strong": (2.5, 4.0), "mi
 """Means of A_log and dt_bias."""
 
 
-@pytest.fixture(scope="module")
-def delta_kernels(tmp_path_factory):
+machines = pytest.fixture(scope="module", params=[False, True], ids=["mma", "wgmma"])
+
+
+@machines
+def delta_kernels(request, tmp_path_factory):
     s = shape()
     function = gated_delta_chunked.gated_delta(s.batch, s.key_heads, s.value_heads, s.key_dim, s.value_dim, s.dtype)
-    return Kernels(as_kernel(function), "delta", tmp_path_factory.mktemp("delta"))
+    return Kernels(as_kernel(function), "delta", tmp_path_factory.mktemp("delta"), request.param)
 
 
 def run_delta(kernels, s, y, mixed, a_log, dt_bias, slot, state) -> torch.Tensor:
@@ -152,8 +155,8 @@ def test_tiled_attention_equals_float64(n, past, context, splits, attention_kern
     assert y.isfinite().all()
 
 
-@pytest.fixture(scope="module")
-def attention_kernel(tmp_path_factory):
+@machines
+def attention_kernel(request, tmp_path_factory):
     s = shape()
     function = attention_tiled.attention(s.batch, s.heads, s.kv_heads, s.head_dim, s.dtype)
-    return Kernels(as_kernel(function), "attention", tmp_path_factory.mktemp("attention"))
+    return Kernels(as_kernel(function), "attention", tmp_path_factory.mktemp("attention"), request.param)

@@ -19,6 +19,7 @@ from tvm.script import tirx as T
 
 from tvm_sparse.schedules.cuda import tensor_core, warpgroup
 from tvm_sparse.schedules.cuda.device_code import symbol, token_dim
+from tvm_sparse.schedules.cuda.warpgroup import Product
 
 QUERIES = 128  # a CTA's
 KEYS = 64  # at a time
@@ -36,6 +37,14 @@ __device__ __forceinline__ float tvms_exp2(float x) {
 #else
   return exp2f(x);
 #endif
+}
+
+// value sigmoid(gate) for two neighbours, in bfloat16; to 2^-21, as silu in device_code.py.
+__device__ __forceinline__ unsigned tvms_gate(float low, float high, const unsigned short* gates, bool even) {
+  unsigned both = even ? *(const unsigned*)gates : gates[0] | (unsigned)gates[1] << 16;
+  low = __fdividef(low, 1.f + tvms_exp2(-1.4426950408889634f * __uint_as_float(both << 16)));
+  high = __fdividef(high, 1.f + tvms_exp2(-1.4426950408889634f * __uint_as_float(both & 0xffff0000u)));
+  return tvms_pack_bf16(low, high);
 }
 
 // Scores of 64 keys from `key` on -> weights, in powers of two; `values` so far are rescaled. `last`: the last key that
@@ -110,18 +119,25 @@ __device__ __forceinline__ void tvms_attention(
   char* v_tiles = k_tiles + 2 * TILE;
   const long long own = head / (HEADS / KV_HEADS) * context * (2 * D);
 
+  // A thread copies the same unit of rows `row` and `row` + 32 of every panel.
+  const int row = thread / 8, column = thread % 8, place = tvms_unit<8>(row, column);
+  const long long from = own + row * (2 * D) + column * 16;
   auto fetch = [&](char* tiles_of, const void* cache, int tile) {
+    char* to = tiles_of + (tile & 1) * TILE + place;
+    const char* at = (const char*)cache + from + (long long)tile * TILE;
+    const int left = length - tile * 64 - row, first_half = left > 0 ? 16 : 0, second_half = left > 32 ? 16 : 0;
 #pragma unroll
-    for (int panel = 0; panel < D / 64; ++panel)
-      tvms_copy_tile<64, 8, THREADS>(tiles_of + (tile & 1) * TILE + panel * 8192,
-          (const char*)cache + own + (long long)tile * TILE + panel * 128, 2 * D, length - tile * 64);
+    for (int panel = 0; panel < D / 64; ++panel) {
+      tvms_copy_async(to + panel * 8192, at + panel * 128, first_half);
+      tvms_copy_async(to + panel * 8192 + 4096, at + panel * 128 + 32 * 2 * D, second_half);
+    }
   };
 
   if (begin < end) {
     fetch(k_tiles, k_cache, begin);
     fetch(v_tiles, v_cache, begin);
   }
-#pragma unroll 4
+#pragma unroll 8
   for (int i = thread; i < 128 * UNITS; i += THREADS) {
     int row = i / UNITS, unit = i % UNITS;
     uint4 packed = make_uint4(0u, 0u, 0u, 0u);
@@ -145,13 +161,14 @@ __device__ __forceinline__ void tvms_attention(
 
 #ifdef TVMS_WARPGROUP
   // The next tile's scores are on their way while this one's are weighed.
-  const char* own_queries = q_tile + warp / 4 * 8192;
+  const unsigned long long own_queries = tvms_tile(q_tile + __shfl_sync(0xffffffffu, warp / 4, 0) * 8192);
   auto score = [&](float(&sums)[8][4], int tile) {
+    const unsigned long long keys = tvms_tile(k_tiles + (tile & 1) * TILE);
     tvms_products_begin();
 #pragma unroll
     for (int step = 0; step < D / 16; ++step)
-      tvms_score(sums, tvms_tile(own_queries + step / 4 * 16384 + step % 4 * 32, 16),
-                 tvms_tile(k_tiles + (tile & 1) * TILE + step / 4 * 8192 + step % 4 * 32, 16), step > 0);
+      tvms_product_bf16(sums, own_queries + (step / 4 * 16384 + step % 4 * 32) / 16,
+                        keys + (step / 4 * 8192 + step % 4 * 32) / 16, step > 0);
     tvms_products_sent();
   };
   if (begin + 1 < end) fetch(k_tiles, k_cache, begin + 1);
@@ -162,6 +179,7 @@ __device__ __forceinline__ void tvms_attention(
   if (begin < end) {
     score(next, begin);
     tvms_products_done();
+    tvms_settled(next);
   }
   for (int tile = begin; tile < end; ++tile) {
 #pragma unroll
@@ -178,12 +196,14 @@ __device__ __forceinline__ void tvms_attention(
     unsigned a[4][4];
 #pragma unroll
     for (int step = 0; step < 4; ++step) tvms_left(a[step], weights, step);
+    const unsigned long long of_values = tvms_tile(v_tiles + (tile & 1) * TILE, 8192);
     tvms_products_begin();
 #pragma unroll
-    for (int step = 0; step < 4; ++step)
-      tvms_gather(values, a[step], tvms_tile(v_tiles + (tile & 1) * TILE + step * 2048, 8192), 1);
+    for (int step = 0; step < 4; ++step) tvms_product_bf16_turned(values, a[step], of_values + step * 2048 / 16, 1);
     tvms_products_sent();
     tvms_products_done();
+    tvms_settled(next);
+    tvms_settled(values);
     tvms_copies_done();
     tvms_publish();
   }
@@ -229,25 +249,26 @@ __device__ __forceinline__ void tvms_attention(
 #endif
 
 #pragma unroll
-  for (int row = 0; row < 2; ++row) {
-    float sum = total[row];
+  for (int half = 0; half < 2; ++half) {
+    float sum = total[half];
     sum += __shfl_xor_sync(0xffffffffu, sum, 1);
     sum += __shfl_xor_sync(0xffffffffu, sum, 2);
     const float inverse = 1.f / sum;
-    const long long token = first + warp * 16 + g + 8 * row;
+    const long long token = first + warp * 16 + g + 8 * half;
     if (token < n && splits > 1) {
       const long long at = (split * n + token) * HEADS + head;
       float* to = sums + at * D + 2 * t;
 #pragma unroll
-      for (int i = 0; i < D / 8; ++i) *(float2*)(to + i * 8) = make_float2(values[i][2 * row], values[i][2 * row + 1]);
-      if (t == 0) *(float2*)(stats + 2 * at) = make_float2(largest[row], sum);
+      for (int i = 0; i < D / 8; ++i)
+        *(float2*)(to + i * 8) = make_float2(values[i][2 * half], values[i][2 * half + 1]);
+      if (t == 0) *(float2*)(stats + 2 * at) = make_float2(largest[half], sum);
     } else if (token < n) {
       const unsigned short* gate = (const unsigned short*)qkv_bits + token * row_length + (2 * head + 1) * D + 2 * t;
+      const bool even = row_length % 2 == 0;
       unsigned* to = (unsigned*)y + (token * HEADS + head) * (D / 2) + t;
 #pragma unroll
       for (int i = 0; i < D / 8; ++i)
-        to[i * 4] = tvms_pack_bf16(values[i][2 * row] * inverse / (1.f + expf(-tvms_wide(gate[i * 8]))),
-                                   values[i][2 * row + 1] * inverse / (1.f + expf(-tvms_wide(gate[i * 8 + 1]))));
+        to[i * 4] = tvms_gate(values[i][2 * half] * inverse, values[i][2 * half + 1] * inverse, gate + i * 8, even);
     }
   }
 }
@@ -273,7 +294,7 @@ __device__ __forceinline__ void tvms_attention_join(
   }
   const unsigned short* gate = (const unsigned short*)qkv_bits + token * row_length + (2 * head + 1) * D + 2 * thread;
   ((unsigned*)y)[(token * HEADS + head) * (D / 2) + thread] =
-      tvms_pack_bf16(x / total / (1.f + expf(-tvms_wide(gate[0]))), z / total / (1.f + expf(-tvms_wide(gate[1]))));
+      tvms_gate(x / total, z / total, gate, row_length % 2 == 0);
 }
 #endif
 """
@@ -290,7 +311,8 @@ def attention(batch: int, heads: int, kv_heads: int, head_dim: int, dtype: str) 
     row_length, context = symbol("row_length"), symbol("context")
     scale = math.log2(math.e) / math.sqrt(head_dim)
     size = (QUERIES + 4 * KEYS) * head_dim * 2
-    code = tensor_core.SOURCE + warpgroup.source(head_dim) + _SOURCE
+    products = Product("bf16", KEYS, from_tile=True), Product("bf16", head_dim, turned=True)
+    code = tensor_core.SOURCE + warpgroup.source(*products) + _SOURCE
     sizes = f"{heads}, {kv_heads}, {head_dim}"
     tiles = (n + QUERIES - 1) // QUERIES
     most = QUERIES * (CTAS // (2 * heads))  # tokens whose keys are split

@@ -6,49 +6,72 @@ are panels of 64 columns, rows of 8 units as in tensor_core.py (the 128-byte swi
 
 from __future__ import annotations
 
+from dataclasses import dataclass
 
-def _product(name: str, columns: int, left: str, transposed: int) -> str:
-    """c [64, columns] += a b: `left` is "l" for a in shared memory, "r" for a warp's 16 rows of it in registers."""
-    sums = columns // 2
-    outputs = ", ".join(f"%{i}" for i in range(sums))
-    operands = ", ".join(f'"+f"(c[{i // 4}][{i % 4}])' for i in range(sums))
-    if left == "l":
-        declared, a, given = "unsigned long long a", f"%{sums}", '"l"(a)'
-        count, flags = 1, f", 1, 1, 0, {transposed}"
-    else:
-        declared, a = "const unsigned* a", "{" + ", ".join(f"%{sums + i}" for i in range(4)) + "}"
-        given, count, flags = ", ".join(f'"r"(a[{i}])' for i in range(4)), 4, f", 1, 1, {transposed}"
-    return f"""
-__device__ __forceinline__ void {name}(float (&c)[{columns // 8}][4], {declared}, unsigned long long b, int add) {{
-  asm volatile("{{ .reg .pred p; setp.ne.b32 p, %{sums + count + 1}, 0; "
-      "wgmma.mma_async.sync.aligned.m64n{columns}k16.f32.bf16.bf16 {{{outputs}}}, {a}, %{sums + count}, p{flags}; }}"
-      : {operands} : {given}, "l"(b), "r"(add));
-}}
-"""
-
-
-def source(columns: int) -> str:
-    """`tvms_score` [64, 64] += A B^T from shared memory, `tvms_gather` [64, columns] += A B, A in registers."""
-    return (
-        r"""
+_COMMON = r"""
 #if defined(__CUDA_ARCH_FEAT_SM90_ALL) && !defined(TVMS_WARPGROUP)
 #define TVMS_WARPGROUP
 // A tile for wgmma: `across` bytes between panels of 64 columns, 1024 between groups of eight rows.
-__device__ __forceinline__ unsigned long long tvms_tile(const char* at, int across) {
+__device__ __forceinline__ unsigned long long tvms_tile(const char* at, int across = 16) {
   unsigned long long address = (unsigned)__cvta_generic_to_shared(at);
   return address >> 4 | (unsigned long long)(across >> 4) << 16 | 64ull << 32 | 1ull << 62;
 }
 __device__ __forceinline__ void tvms_products_begin() { asm volatile("wgmma.fence.sync.aligned;" ::: "memory"); }
 __device__ __forceinline__ void tvms_products_sent() { asm volatile("wgmma.commit_group.sync.aligned;" ::: "memory"); }
-__device__ __forceinline__ void tvms_products_done() { asm volatile("wgmma.wait_group.sync.aligned 0;" ::: "memory"); }
+// All groups of products sent before the last LATEST are done.
+template <int LATEST = 0> __device__ __forceinline__ void tvms_products_done() {
+  asm volatile("wgmma.wait_group.sync.aligned %0;" :: "n"(LATEST) : "memory");
+}
+// Sums of products that are done: no use of them moves before the wait.
+template <int N> __device__ __forceinline__ void tvms_settled(float (&c)[N][4]) {
+#pragma unroll
+  for (int i = 0; i < N; ++i) asm volatile("" : "+f"(c[i][0]), "+f"(c[i][1]), "+f"(c[i][2]), "+f"(c[i][3])::"memory");
+}
 // What this thread wrote to shared memory is there for products; a barrier must follow.
 __device__ __forceinline__ void tvms_publish() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
 #endif
 """
-        f"""
-#if defined(TVMS_WARPGROUP) && !defined(TVMS_WARPGROUP_{columns})
-#define TVMS_WARPGROUP_{columns}
-{_product("tvms_score", 64, "l", 0)}{_product("tvms_gather", columns, "r", 1)}
+
+
+@dataclass(frozen=True)
+class Product:
+    """c [64, columns] += a b, or = a b where `add` is 0: `tvms_product_DTYPE(c, a, b, add)`.
+
+    a [64, 16] lies in a warp's registers, 16 rows a warp, or (`from_tile`) in shared memory; b [16, columns] in shared
+    memory, its 16 next to one another, or (`turned`, the name ends so too) its columns.
+    """
+
+    dtype: str
+    columns: int
+    from_tile: bool = False
+    turned: bool = False
+
+    def source(self) -> str:
+        sums = self.columns // 2
+        outputs = ", ".join(f"%{i}" for i in range(sums))
+        operands = ", ".join(f'"+f"(c[{i // 4}][{i % 4}])' for i in range(sums))
+        name = f"tvms_product_{self.dtype}" + "_turned" * self.turned
+        if self.from_tile:
+            declared, a, given, count = "unsigned long long a", f"%{sums}", '"l"(a)', 1
+        else:
+            declared, count = "const unsigned* a", 4
+            a = "{" + ", ".join(f"%{sums + i}" for i in range(4)) + "}"
+            given = ", ".join(f'"r"(a[{i}])' for i in range(4))
+        flags = "1, 1, 0, " if self.from_tile else "1, 1, "
+        guard = f"{name}_{self.columns}_{int(self.from_tile)}".upper()
+        return f"""
+#if defined(TVMS_WARPGROUP) && !defined({guard})
+#define {guard}
+__device__ __forceinline__ void {name}(float (&c)[{self.columns // 8}][4], {declared}, unsigned long long b, int add) {{
+  asm volatile("{{ .reg .pred p; setp.ne.b32 p, %{sums + count + 1}, 0; "
+      "wgmma.mma_async.sync.aligned.m64n{self.columns}k16.f32.{self.dtype}.{self.dtype} "
+      "{{{outputs}}}, {a}, %{sums + count}, p, {flags}{int(self.turned)}; }}"
+      : {operands} : {given}, "l"(b), "r"(add));
+}}
 #endif
 """
-    )
+
+
+def source(*products: Product) -> str:
+    """The device code of some products and what goes with them; nothing for other machines than an H200."""
+    return _COMMON + "".join(product.source() for product in products)
