@@ -280,11 +280,6 @@ def space(spec: KernelSpec) -> tuple[Decision, ...]:
     )
 
 
-# Bytes of shared memory, more than half of what an SM has: it never holds two of these CTAs. Where it could, CTAs of
-# the small kernels between two products take some places, and a CTA turned away there shares another SM with its like:
-# a product takes half as long again (docs/decode.md).
-_ALONE = 116 << 10
-
 _DEPTHS = (2, 3, 4, 5, 6, 8)
 
 
@@ -316,7 +311,7 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
     copies = _copies(spec, tile)
     width = tile * copies  # numbers a column takes
     room, threads = slots(n, bins), warps * WARP
-    # Registers for two CTAs of an SM, this kernel's and a small one's before or after it.
+    # Registers for two CTAs of an SM, this kernel's and the next one's beginning; with more tokens x leaves no room.
     resident = 2 if overlap and tile == 1 else 1
     streams = threads // classes
     span = streams + room  # parts of a class
@@ -324,7 +319,7 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
     parts = padded * width  # where the parts begin; after them the first part of each segment, then the table of rows
     firsts = parts + -(-classes * span * tile // 4) * 4
     table = firsts + -(-classes * room // 8) * 4
-    total_words = max(table + 2 * room, _ALONE // 4 if overlap else 0)
+    total_words = table + 2 * room
     if overlap and tile == 1:
         total_words = max(total_words, _ALONE // 4)
     helpers = 1  # lanes that add up a row
