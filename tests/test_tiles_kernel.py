@@ -23,12 +23,6 @@ static void tvms_put_half(unsigned at, unsigned value) { memcpy(at_address(at, 2
 static void tvms_put_zeros(unsigned at) { memset(at_address(at, 16), 0, 16); }
 static void tvms_put_float(unsigned at, float value) { memcpy(at_address(at, 4), &value, 4); }
 static float tvms_get_float(unsigned at) { float value; memcpy(&value, at_address(at, 4), 4); return value; }
-static void tvms_get_four(unsigned* to, unsigned at) { tvms_ldmatrix(to, (const char*)at_address(at, 16)); }
-static void tvms_get_two(unsigned* to, unsigned at) {
-  unsigned four[4];
-  tvms_ldmatrix(four, (const char*)at_address(at, 16));
-  to[0] = four[0], to[1] = four[1];
-}
 static unsigned tvms_take_own(unsigned at) {
   unsigned value, zero = 0;
   memcpy(&value, at_address(at, 4), 4), memcpy(at_address(at, 4), &zero, 4);

@@ -42,7 +42,7 @@ __device__ __forceinline__ void tvms_decode_tiles(
     unsigned b[REGISTERS];
 #pragma unroll
     for (int i = 0; i < REGISTERS; ++i) {
-      const unsigned at = own.ring + ((reader + i * 128) & (own.RING - 1));
+      const unsigned at = ((reader + i * 128) & (own.RING - 1)) | own.ring;
       b[i] = tvms_with_base(tvms_take_own(at), base);
     }
     reader += REGISTERS * 128;

@@ -130,26 +130,18 @@ __device__ __forceinline__ void tvms_tiles(
   };
   fetch();
   turn();
-  // Which row of which register's image a lane reads: up to 8 tokens b0 and b1 of two tiles, in a's order.
-  unsigned reader = TOKENS == 8 ? (lane >> 3 & 1) * 256 + (lane >> 4) * 128 + (lane & 7) * 16 : lane * 16;
-  unsigned plain = lane * 16;
+  unsigned reader = lane * 4;
   bool odd = false;
   auto multiply = [&]() {
-    unsigned b[REGISTERS], where[(REGISTERS + 3) / 4];
+    unsigned b[REGISTERS];
 #pragma unroll
-    for (int i = 0; i < REGISTERS / 4; ++i) {
-      where[i] = ring + ((reader + i * 512) & (RING - 1));
-      tvms_get_four(b + 4 * i, where[i]);
+    for (int i = 0; i < REGISTERS; ++i) {
+      // Up to 8 tokens b0 and b1 of two tiles in a's order: both b0, both b1.
+      const int of = TOKENS == 8 && i / 4 * 2 + 1 < TILES && i % 4 % 3 ? i ^ 3 : i;
+      // Where steps divide the ring none goes past its end, and offsets are constants.
+      b[i] = tvms_take_own(64 % REGISTERS ? ((reader + of * 128) & (RING - 1)) | ring : (reader | ring) + of * 128);
     }
-    if (TILES % 2) {
-      where[REGISTERS / 4] = ring + ((plain + REGISTERS / 4 * 512) & (RING - 1));
-      tvms_get_two(b + REGISTERS - 2, where[REGISTERS / 4]);
-    }
-    __syncwarp();
-#pragma unroll
-    for (int i = 0; i < REGISTERS / 4; ++i) tvms_put_zeros(where[i]);
-    if (TILES % 2 && lane < 16) tvms_put_zeros(where[REGISTERS / 4]);
-    reader += REGISTERS * 128, plain += REGISTERS * 128;
+    reader = (reader + REGISTERS * 128) & (RING - 1);
 #pragma unroll
     for (int s = 0; s < SUMMANDS; ++s) {
       if (TOKENS == 8) {

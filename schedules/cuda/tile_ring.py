@@ -37,18 +37,10 @@ __device__ __forceinline__ float tvms_get_float(unsigned at) {
   asm volatile("ld.shared.f32 %0, [%1];" : "=f"(value) : "r"(at) : "memory");
   return value;
 }
-__device__ __forceinline__ void tvms_get_four(unsigned* to, unsigned at) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x4.shared.b16 {%0, %1, %2, %3}, [%4];"
-      : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(at) : "memory");
-}
-__device__ __forceinline__ void tvms_get_two(unsigned* to, unsigned at) {
-  asm volatile("ldmatrix.sync.aligned.m8n8.x2.shared.b16 {%0, %1}, [%2];"
-      : "=r"(to[0]), "=r"(to[1]) : "r"(at) : "memory");
-}
-__device__ __forceinline__ unsigned tvms_take_own(unsigned at) {  // and leaves zero
+__device__ __forceinline__ unsigned tvms_take_own(unsigned at) {
+  // One access of shared memory to read and to clear.
   unsigned value;
-  asm volatile("ld.shared.u32 %0, [%1];" : "=r"(value) : "r"(at) : "memory");
-  asm volatile("st.shared.u32 [%0], %1;" :: "r"(at), "r"(0) : "memory");
+  asm volatile("atom.shared.exch.b32 %0, [%1], 0;" : "=r"(value) : "r"(at) : "memory");
   return value;
 }
 __device__ __forceinline__ uint4 tvms_words(const uint4* from) {
@@ -150,7 +142,6 @@ template <int GAP_BITS, int WARPS, int DEPTH> struct tvms_ring {
           __syncwarp();
 #pragma unroll 1
           for (unsigned steps = now >> (4 * d) & 15; steps; --steps) step();
-          __syncwarp();
         }
       }
       from += 32 * 8;
