@@ -50,12 +50,12 @@ SPEEDS = {
     # H200, 4.8e12 bytes a second. Dense: 82 us at [34816, 5120], 16.5 us at [5120, 6144]. Delta: 23.5 us and 5.9 us at
     # 75 %, 43.3 us and 9.5 us at 50 % (docs/kernels.md); 5 instructions a word and 5 for each token. Bitmap: every
     # published unstructured kernel is at or below dense cuBLAS there, so it is set to that at 75 %. 2:4 and block:
-    # assumed to stream as dense does. Tiles: 16.6, 11.7 and 10.3 us at [5120, 6144], 40.9, 27.6 and 21.8 us at
-    # [5120, 17408] with 50, 75 and 90 % zeros and 8 tokens, 1.5 to 5 us more with 16. Delta with 8 tokens: 135, 75 and
+    # assumed to stream as dense does. Tiles: 16.1, 11.8 and 10.0 us at [5120, 6144], 39.0, 27.1 and 21.1 us at
+    # [5120, 17408] with 50, 75 and 90 % zeros and 8 tokens, 1.3 to 4 us more with 16. Delta with 8 tokens: 135, 75 and
     # 39 us at [34816, 5120].
     ("dense", "cuda"): Speed(2.5e-6, 0.92),
     ("delta", "cuda"): Speed(2.1e-6, 0.905, first=5.0, further=5.0),
-    ("tiles", "cuda"): Speed(3.5e-6, 0.86, first=14.5, further=0.2, each=3.6, at_once=16),
+    ("tiles", "cuda"): Speed(3.6e-6, 0.86, first=12.0, further=0.33, each=3.5, at_once=16),
     ("bitmap", "cuda"): Speed(3.5e-6, 0.30),
     ("2:4", "cuda"): Speed(3.5e-6, 0.92),
     ("block", "cuda"): Speed(3.5e-6, 0.92),
