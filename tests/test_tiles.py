@@ -143,3 +143,8 @@ def test_every_shape_has_a_cut(shape):
 def test_a_cpu_never_takes_tiles():
     assert not TILES.choices(expected_stats((4096, 4096), 0.25), MACHINES["cpu"])
     assert decide("w", expected_stats((4096, 4096), 0.25), [MACHINES["cpu"]], batch=16).choice.name != "tiles"
+
+
+def test_a_gpu_takes_tiles_for_many_sequences_only():
+    chosen = [decide("w", expected_stats((16480, 5120), 0.25), [MACHINES["h200"]], batch) for batch in (1, 8, 16)]
+    assert [entry.choice.name for entry in chosen] == ["delta", "tiles", "tiles"]
