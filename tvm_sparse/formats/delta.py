@@ -22,7 +22,7 @@ from tvm_sparse.formats.delta_words import END, Code, Survey, best_code, columns
 from tvm_sparse.formats.stats import CHUNK, GAP_BITS, Stats
 from tvm_sparse.targets import Machine
 
-_FIELD = 1 << 16  # a column, and a row's rank in its bin, fit 16 bits
+_FIELD = 1 << 16  # a column, a row's rank in its bin, and a part's number fit 16 bits
 
 
 class Delta:
@@ -203,7 +203,8 @@ def gpu_classes(columns: int) -> int:
 
 def _fits(shape: Shape, choice: FormatChoice) -> bool:
     n, k = shape
-    return k < _FIELD and slots(n, choice.option("bins")) + WARP * choice.option("warps") < _FIELD
+    parts = choice.option("classes") * slots(n, choice.option("bins")) + WARP * choice.option("warps")
+    return k < _FIELD and parts < _FIELD
 
 
 def _segments(bits: torch.Tensor, classes: int) -> torch.Tensor:
