@@ -209,8 +209,9 @@ class Engine:
             self._picked = int(self._device.download(self._step_ids)[0])
             return self._picked
         self._device.upload(self._scale, np.array([1 / sampling.temperature], np.float32))
-        found = [self._device.download(each)[0] for each in self._vm["candidates"](logits, self._scale)]
-        chosen = sampling.choose_among(*found, random)
+        found = self._vm["candidates"](logits, self._scale)
+        values, ids, log_sum = (self._device.download(each)[0] for each in found)
+        chosen = sampling.choose_among(values, ids, float(log_sum), random)
         return sampling.choose(self._device.download(logits)[0], random) if chosen is None else chosen
 
     def _prefill_slot(self, slot: int, ids: Sequence[int]) -> np.ndarray:
