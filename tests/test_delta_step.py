@@ -51,6 +51,7 @@ static thread_local int cluster_rank;
 static thread_local Block* block;
 static std::barrier<>* cluster;
 static float rsqrtf(float x) { return 1.f / std::sqrt(x); }
+static float tvms_silu(float x) { return x / (1.f + std::exp(-x)); }
 static void __syncthreads() { block->all.arrive_and_wait(); }
 static float tvm_builtin_cuda_warp_reduce_sum_32(float v) {
   auto& here = *block->warps[threadIdx.x / 32];

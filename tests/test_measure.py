@@ -201,7 +201,8 @@ def test_expected_bytes_are_what_packing_takes(tiny):
     checkpoint = open_checkpoint(str(TINY))
     params = [param for param in make_layout(checkpoint.config).params if param.kind == "projection"]
     weights = PrunedWeights(checkpoint, Pruner("magnitude", 0.75), [s for p in params for s in p.sources])
-    for name, cut in (("bitmap", {}), ("delta", {"bins": 64, "warps": 1, "classes": 1, "unit": 8})):  # delta as it is cut for a CPU
+    as_for_a_cpu = {"bins": 64, "warps": 1, "classes": 1, "unit": 8}
+    for name, cut in (("bitmap", {}), ("delta", as_for_a_cpu)):
         row = next(row for row in tiny["expected"] if row["sparsity"] == 0.75 and row["format"] == name)
         choice = FORMATS[name].choice(**cut)
         packed = sum(FORMATS[name].pack(weights.matrix(param), choice).nbytes for param in params)

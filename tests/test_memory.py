@@ -29,7 +29,8 @@ def test_the_largest_context_fills_what_is_there():
 
 def test_too_little_memory_is_refused_with_the_sum_and_the_way_on():
     plan = MemoryPlan(weights=17 * 10**9, states=10**8, workspace=10**8, position=65536, context=4096)
-    with pytest.raises(Refusal, match=r"needs 17\.47 GB \(weights 17\.00 GB \+ caches .* at most --context 2\d\d\d fits"):
+    says = r"needs 17\.47 GB \(weights 17\.00 GB \+ caches .* at most --context 2\d\d\d fits"
+    with pytest.raises(Refusal, match=says):
         plan.require(17_640_000_000, "cuda:0", "OUT")
     with pytest.raises(Refusal, match="no context fits"):
         plan.require(10**9, "cuda:0", "OUT")

@@ -32,10 +32,12 @@ def test_dense_where_dense_wins(machines):
     assert entry.choice.name == "dense" and entry.reason.startswith("dense: ")
 
 
-@pytest.mark.parametrize("machines", [CPU, GPU])
-def test_structure_gets_its_own_format(machines):
-    assert name(0.5, machines, pattern=Pattern("n:m", n=2, m=4)) == "2:4"
-    assert name(0.25, machines, pattern=Pattern("block", rows=16, cols=16)) == "block"
+@pytest.mark.parametrize(
+    ("pattern", "density"), [(Pattern("n:m", n=2, m=4), 0.5), (Pattern("block", rows=16, cols=16), 0.25)]
+)
+def test_structure_gets_its_own_format_on_a_cpu_and_the_faster_delta_on_a_gpu(pattern, density):
+    assert name(density, CPU, pattern=pattern) == {"n:m": "2:4", "block": "block"}[pattern.kind]
+    assert name(density, GPU, pattern=pattern) == "delta"
 
 
 def test_more_gap_bits_for_more_zeros():

@@ -7,7 +7,7 @@ from importlib.metadata import PackageNotFoundError, version
 import tvm_sparse
 
 # Moves with every change of a packed buffer, of the library's calling convention or of tvm_sparse.json.
-ARTEFACT = 1
+ARTEFACT = 2
 
 
 def installed() -> dict[str, str | int | None]:

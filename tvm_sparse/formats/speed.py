@@ -48,17 +48,17 @@ SPEEDS = {
     ("block", "cpu"): Speed(1e-6, 0.44, per_element=5.5e-12),
     ("delta", "cpu"): Speed(1e-6, 0.08, per_word=250e-12),
     # H200, 4.8e12 bytes a second. Dense: 82 us at [34816, 5120], 16.5 us at [5120, 6144]. Delta: 23.5 us and 5.9 us at
-    # 75 %, 43.3 us and 9.5 us at 50 % (docs/kernels.md); 5 instructions a word and 5 for each token. Bitmap: every
-    # published unstructured kernel is at or below dense cuBLAS there, so it is set to that at 75 %. 2:4 and block:
-    # assumed to stream as dense does. Tiles: 16.1, 11.8 and 10.0 us at [5120, 6144], 39.0, 27.1 and 21.1 us at
-    # [5120, 17408] with 50, 75 and 90 % zeros and 8 tokens, 1.3 to 4 us more with 16. Delta with 8 tokens: 135, 75 and
-    # 39 us at [34816, 5120].
+    # 75 %, 43.3 us and 9.5 us at 50 % (docs/kernels.md); 5 instructions a word and 5 for each token; with 8 tokens 135,
+    # 75 and 39 us at [34816, 5120]. Our kernels of the other formats for one token, at [34816, 5120] and [5120, 6144]:
+    # bitmap at 50 % 564 and 100 us, 2:4 246 and 55 us, 16x16 blocks at 50 % 314 and 65 us, all slower than dense.
+    # Tiles: 16.1, 11.8 and 10.0 us at [5120, 6144], 39.0, 27.1 and 21.1 us at [5120, 17408] with 50, 75 and 90 % zeros
+    # and 8 tokens, 1.3 to 4 us more with 16.
     ("dense", "cuda"): Speed(2.5e-6, 0.92),
     ("delta", "cuda"): Speed(2.1e-6, 0.905, first=5.0, further=5.0),
     ("tiles", "cuda"): Speed(3.6e-6, 0.86, first=12.0, further=0.33, each=3.5, at_once=16),
-    ("bitmap", "cuda"): Speed(3.5e-6, 0.30),
-    ("2:4", "cuda"): Speed(3.5e-6, 0.92),
-    ("block", "cuda"): Speed(3.5e-6, 0.92),
+    ("bitmap", "cuda"): Speed(3.5e-6, 0.075),
+    ("2:4", "cuda"): Speed(3.5e-6, 0.17),
+    ("block", "cuda"): Speed(3.5e-6, 0.12),
 }
 
 _LANES, _CLOCK = 128, 1.7e9  # instructions an SM issues per clock, counted by lane; clock under load

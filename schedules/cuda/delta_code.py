@@ -1,0 +1,239 @@
+"""The CUDA of the delta kernel: how a lane reads a chunk, multiplies it, ends a segment, and adds a row's parts."""
+
+from __future__ import annotations
+
+LOAD = """
+__device__ __forceinline__ uint4 tvms_stream_load(const void* words, int step, int ahead) {
+  // Read once, by this SM alone: first to leave L2, where x is to stay. Volatile and not .nc, which ptxas would let
+  // sink below the wait for the kernel before.
+  uint4 w;
+  asm volatile("ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];"
+      : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w) : "l"((const char*)words + 512ll * step + 512 * ahead));
+  return w;
+}
+"""
+
+IN_ORDER = """
+__device__ __forceinline__ void tvms_in_order() {
+  // ptxas would move loads of global memory behind what follows them, to save registers.
+  __syncwarp();
+}
+"""
+
+EARLY = """
+__device__ __forceinline__ unsigned tvms_early_load(const void* from) {
+  unsigned v;
+  asm volatile("ld.global.u32 %0, [%1];" : "=r"(v) : "l"(from));
+  return v;
+}
+"""
+
+SCALE = """
+#ifndef TVMS_SCALE_X
+#define TVMS_SCALE_X
+__device__ __forceinline__ float tvms_scale_x(float x) {
+  // 2^96 x; 2^32 and more would leave float32 and is clamped there.
+  return fminf(fmaxf(x * 79228162514264337593543950336.f, -3.402823466e38f), 3.402823466e38f);
+}
+#endif
+"""
+
+READ = """
+#ifndef TVMS_READ_X
+#define TVMS_READ_X
+// x is another kernel's work: volatile, so that no read of it moves before the wait for that kernel.
+__device__ __forceinline__ uint4 tvms_read_8(const void* x) {
+  uint4 v;
+  asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(x));
+  return v;
+}
+__device__ __forceinline__ float tvms_read_x(const nv_bfloat16* x) {
+  unsigned short v;
+  asm volatile("ld.global.u16 %0, [%1];" : "=h"(v) : "l"(x));
+  return __uint_as_float((unsigned)v << 16);
+}
+__device__ __forceinline__ float tvms_read_x(const float* x) {
+  float v;
+  asm volatile("ld.global.f32 %0, [%1];" : "=f"(v) : "l"(x));
+  return v;
+}
+#endif
+"""
+
+
+def stage_code(tile: int, copies: int) -> tuple[str, str]:
+    """Name and source of the function that scales 8 columns of `tile` tokens and stores each `copies` times.
+
+    Lanes begin with different columns, which keeps what a warp stores at a time on different banks.
+    """
+    name = f"tvms_stage_t{tile}_c{copies}"
+    width = tile * copies
+    shift = {1: 2, 2: 1}.get(width, 0)
+    lines = [f"  int turn = threadIdx.x >> {shift} & 3, at;", "  uint4 u;"]
+    lines += [f"  float {column}{token};" for token in range(tile) for column in "ab"]
+    lines += [f"  unsigned p{token}[4];" for token in range(tile)]
+    for token in range(tile):
+        lines.append(f"  u = turn & 1 ? make_uint4({', '.join(f'v[{token}].{i}' for i in 'yzwx')}) : v[{token}];")
+        for i, (straight, turned) in enumerate(zip("xyzw", "zwxy", strict=True)):
+            lines.append(f"  p{token}[{i}] = turn & 2 ? u.{turned} : u.{straight};")
+    if width >= 4:
+        lines.append("  int second = threadIdx.x >> 2 & 1;")
+    for j in range(4):
+        lines.append(f"  at = ({j} + turn & 3) * {2 * width};")
+        for token in range(tile):
+            lines.append(f"  a{token} = tvms_scale_x(__uint_as_float(p{token}[{j}] << 16));")
+            lines.append(f"  b{token} = tvms_scale_x(__uint_as_float(p{token}[{j}] & 0xffff0000u));")
+        column = {c: [f"{c}{token}" for _ in range(copies) for token in range(tile)] for c in "ab"}
+        if width == 1:
+            lines.append("  *(float2*)(to + at) = make_float2(a0, b0);")
+        elif width == 2:
+            lines.append(f"  *(float4*)(to + at) = make_float4({', '.join(column['a'] + column['b'])});")
+        else:
+            for order in ("", "!"):
+                for i in range(0, width, 4):
+                    a, b = (f"make_float4({', '.join(column[c][i : i + 4])})" for c in "ab")
+                    place = f"to + at + ({order}second ? {width} : 0) + {i}"
+                    lines.append(f"  *(float4*)({place}) = {order}second ? {b} : {a};")
+    body = "\n".join(lines)
+    return name, f"{SCALE}__device__ __forceinline__ void {name}(const uint4* v, float* to) {{\n{body}\n}}\n"
+
+
+SHARED = """
+#ifndef TVMS_SHARED
+#define TVMS_SHARED
+// Shared memory by address, which leaves the address of x to the offset of the instruction.
+__device__ __forceinline__ int tvms_address(const void* shared) {
+  return (int)__cvta_generic_to_shared(shared);
+}
+__device__ __forceinline__ float tvms_get(int at) {
+  float v;
+  asm volatile("ld.shared.f32 %0, [%1];" : "=f"(v) : "r"(at));
+  return v;
+}
+__device__ __forceinline__ float2 tvms_get2(int at) {
+  float2 v;
+  asm volatile("ld.shared.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "r"(at));
+  return v;
+}
+__device__ __forceinline__ float4 tvms_get4(int at) {
+  float4 v;
+  asm volatile("ld.shared.v4.f32 {%0, %1, %2, %3}, [%4];" : "=f"(v.x), "=f"(v.y), "=f"(v.z), "=f"(v.w) : "r"(at));
+  return v;
+}
+__device__ __forceinline__ void tvms_put(int at, float value) {
+  asm volatile("st.shared.f32 [%0], %1;" :: "r"(at), "f"(value) : "memory");
+}
+#endif
+"""
+
+
+def end_code(tile: int) -> tuple[str, str]:
+    """Name and source of what follows a unit: where its last word is -0.0, the only one with a sign and nothing else,
+    the sums become part `part` (an address), and the next segment starts at `first`, `back` bytes before it.
+    """
+    name = f"tvms_end_t{tile}"
+    stores = "".join(f"@p st.shared.f32 [%1+{4 * i}], %{2 + i}; " for i in range(tile))
+    clears = "".join(f"@p mov.f32 %{2 + i}, 0f00000000; " for i in range(tile))
+    sums = ", ".join(f'"+f"(sum[{i}])' for i in range(tile))
+    body = f"""
+__device__ __forceinline__ void {name}(unsigned word, int first, int back, int* at, int* part, float* sum) {{
+  asm volatile(
+      "{{.reg .pred p; setp.lt.s32 p, %{2 + tile}, 0x80010000; {stores}@p add.s32 %1, %1, {4 * tile}; {clears}"
+      "@p sub.s32 %0, %{3 + tile}, %{4 + tile};}}"
+      : "+r"(*at), "+r"(*part), {sums} : "r"(word), "r"(first), "r"(back));
+}}
+"""
+    return name, body
+
+
+def chunk_code(gap_bits: int, tile: int, width: int, unit: int) -> tuple[str, str]:
+    """Name and source of the function that multiplies one lane's 8 words with `tile` tokens; a class column is `width`
+    numbers from the next.
+
+    `at` is the address of the class column after the last word's, `past` bytes before it: within a group of chunks it
+    stays as it is, so that the j-th word adds its gap - 1 to it and reads at the constant offset past + j. The field is
+    masked in place; as the upper half of a product its shift and the addition are one instruction.
+    """
+    step = 4 * width
+    log = step.bit_length() - 1
+    gap = (1 << gap_bits) - 1
+    value = 0x80000000 | (((1 << (31 - gap_bits)) - 1) & 0xFFFF0000)
+    name = f"tvms_delta_g{gap_bits}_t{tile}_w{width}_u{unit}"
+    vector = min(tile, 4)
+    end, end_source = end_code(tile)
+    lines = []
+    for j in range(8):
+        word = f"w.{'xyzw'[j // 2]}"
+        low = j % 2 == 0
+        shift = (15 if low else 31) - gap_bits
+        offset = j * step
+        field = f"{word} & {gap << shift:#x}u"
+        scaled = f"__umulhi({field}, {1 << (32 - shift + log):#x}u)" if log < shift else f"({field}) << {log - shift}"
+        lines.append(f"  *at += {scaled};")
+        lines.append(f"  v = __uint_as_float({f'({word} << 16)' if low else word} & {value:#x}u);")
+        for quad in range(-(-tile // 4)):
+            lines.append(f"  a = tvms_get{vector if vector > 1 else ''}(*at + past + {offset + 16 * quad});")
+            for i in range(vector):
+                factor = "a" if tile == 1 else f"a.{'xyzw'[i]}"
+                lines.append(f"  sum[{4 * quad + i}] = fmaf(v, {factor}, sum[{4 * quad + i}]);")
+        if j % unit == unit - 1:
+            lines.append(f"  {end}({word}, first, past + {offset + step}, at, part, sum);")
+    body = "\n".join(lines)
+    kind = {1: "float", 2: "float2", 4: "float4"}[vector]
+    source = f"""{SHARED}#ifndef {name.upper()}
+#define {name.upper()}
+#ifndef {end.upper()}
+#define {end.upper()}{end_source}#endif
+__device__ __forceinline__ void {name}(uint4 w, int past, int* at, int* part, float* sum, int first) {{
+  float v;
+  {kind} a;
+{body}
+}}
+#endif
+"""
+    return name, source
+
+
+CLASS_SUM = """
+#ifndef TVMSCLASS_SUM
+#define TVMSCLASS_SUM
+__device__ __forceinline__ float tvms_class_sum(float value, int lanes) {
+  // Over neighbouring lanes, in a fixed tree.
+  for (int step = lanes / 2; step > 0; step >>= 1) value += __shfl_xor_sync(0xffffffffu, value, step);
+  return value;
+}
+#endif
+"""
+
+
+def row_code(classes: int, each: int, tile: int) -> tuple[str, str]:
+    """Name and source of the function that adds the parts of `each` classes of a row.
+
+    `first`: where the row's parts of each class begin, then where the next row's do. Nearly all segments have one or
+    two parts: those are read without waiting for one another.
+    """
+    name = f"tvms_row_{classes}_{each}_t{tile}"
+    source = f"""
+__device__ __forceinline__ void {name}(const ushort* first, const float* parts, float* total) {{
+  int a[{each}], b[{each}];
+#pragma unroll
+  for (int k = 0; k < {each}; ++k) {{
+    a[k] = first[k];
+    b[k] = first[{classes} + k];
+  }}
+#pragma unroll
+  for (int t = 0; t < {tile}; ++t) {{
+    float own = 0.f, cut = 0.f;
+#pragma unroll
+    for (int k = 0; k < {each}; ++k) {{
+      own += parts[a[k] * {tile} + t];
+      cut += b[k] - a[k] > 1 ? parts[(a[k] + 1) * {tile} + t] : 0.f;
+    }}
+    total[t] = own + cut;
+  }}
+  for (int k = 0; k < {each}; ++k)
+    for (int p = a[k] + 2; p < b[k]; ++p)
+      for (int t = 0; t < {tile}; ++t) total[t] += parts[p * {tile} + t];
+}}
+"""
+    return name, source
