@@ -15,6 +15,11 @@ from tvm.script import tirx as T
 
 LAUNCH_PARAMS, PROGRAMMATIC = "tirx.kernel_launch_params", ["tirx.use_programtic_dependent_launch"]
 
+ALONE = 116 << 10
+"""Bytes, more than half of an SM's shared memory: with so many, no SM takes two CTAs of a kernel. Launched early,
+behind a small kernel, they would settle two by two where the kernel before has left an SM already, and others would
+stand empty."""
+
 _READ = """
 #ifndef TVMS_READ
 #define TVMS_READ

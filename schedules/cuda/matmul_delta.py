@@ -33,18 +33,14 @@ from tvm_sparse.schedules.cuda.delta_code import (
     row_code,
     stage_code,
 )
+from tvm_sparse.schedules.cuda.dependent_launch import ALONE, dependent, start_dependents, wait_for_inputs
 from tvm_sparse.schedules.cuda.device_code import WARP, f32, symbol
 from tvm_sparse.schedules.cuda.token_tile import SHARED_LIMIT, tile_decision, tokens_of
 from tvm_sparse.schedules.spec import KernelSpec
 from tvm_sparse.schedules.table import Decision
 
-_ALONE = 116 << 10
-"""More than half of an SM's shared memory: no SM takes two CTAs. Launched early, behind a small kernel, they would
-settle two by two where the kernel before has left an SM already, and others would stand empty: a third slower."""
-
 MIN_BLOCKS = "tirx.launch_bounds_min_blocks_per_sm"
-# Programmatic dependent launch (CUDA): the kernel starts while the one before still runs, and waits for it itself.
-LAUNCH_PARAMS, PROGRAMMATIC = "tirx.kernel_launch_params", ["tirx.use_programtic_dependent_launch"]
+
 
 def space(spec: KernelSpec) -> tuple[Decision, ...]:
     """`tile` tokens a CTA, `depth` chunks in flight a lane, `overlap` with the kernel before."""
@@ -96,7 +92,7 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
     table = firsts + -(-classes * room // 8) * 4
     total_words = table + 2 * room
     if overlap and tile == 1:
-        total_words = max(total_words, _ALONE // 4)
+        total_words = max(total_words, ALONE // 4)
     helpers = 1  # lanes that add up a row
     while 2 * helpers <= classes and 2 * helpers * room <= threads:
         helpers *= 2
@@ -198,7 +194,7 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
         base = T.alloc_buffer((1,), "int32", scope="local")
 
         if T.bool(overlap == 1):
-            T.evaluate(T.ptx["griddepcontrol.launch_dependents"]())
+            start_dependents()
         step[0] = T.cast(steps, "int32") * warp // warps
         step[1] = T.cast(steps, "int32") * (warp + 1) // warps
         for d in T.unroll(depth):
@@ -237,7 +233,7 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
             )
 
         if T.bool(overlap == 1):  # weights never depend on the kernel before, x does
-            T.evaluate(T.ptx["griddepcontrol.wait"]())
+            wait_for_inputs()
         if T.bool(eights):
             for block in range(T.ceildiv(turns, together)):
                 for turn in T.unroll(together):
@@ -319,4 +315,4 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
                             spec.out_dtype,
                         )
 
-    return matmul_delta.with_attr(LAUNCH_PARAMS, PROGRAMMATIC) if overlap else matmul_delta
+    return dependent(matmul_delta) if overlap else matmul_delta

@@ -16,7 +16,7 @@ import tvm
 from tvm.script import tirx as T
 
 from tvm_sparse.formats.tiles import cut_of
-from tvm_sparse.schedules.cuda.dependent_launch import dependent
+from tvm_sparse.schedules.cuda.dependent_launch import ALONE, dependent
 from tvm_sparse.schedules.cuda.device_code import WARP, symbol
 from tvm_sparse.schedules.cuda.tensor_core import SOURCE as TENSOR_CORE
 from tvm_sparse.schedules.cuda.tile_ring import SOURCE as RING_SOURCE
@@ -24,10 +24,6 @@ from tvm_sparse.schedules.cuda.tile_ring import ring_bytes
 from tvm_sparse.schedules.cuda.token_tile import tokens_of
 from tvm_sparse.schedules.spec import KernelSpec
 from tvm_sparse.schedules.table import Decision
-
-# More than half of what an SM has: two CTAs on one SM, which a dependent launch would bring about, are slower than one
-# after the other, because the others then stand on fewer SMs.
-ALONE = 116 << 10
 
 _KERNEL = r"""
 #ifndef TVMS_TILES_X

@@ -5,8 +5,8 @@ from __future__ import annotations
 import tvm
 from tvm.script import tirx as T
 
+from tvm_sparse.schedules.cuda.dependent_launch import dependent, start_dependents, wait_for_inputs
 from tvm_sparse.schedules.cuda.device_code import WARP, symbol
-from tvm_sparse.schedules.cuda.matmul_delta import LAUNCH_PARAMS, PROGRAMMATIC
 
 _STREAM = """
 __device__ __forceinline__ unsigned tvms_stream(const void* from, int begin, int end) {
@@ -34,7 +34,7 @@ def build(bins: int, warps: int) -> tvm.tirx.PrimFunc:
         bin = T.launch_thread("blockIdx.x", bins)
         thread = T.launch_thread("threadIdx.x", warps * WARP)
         all = T.alloc_buffer((1,), "uint32", scope="local")
-        T.evaluate(T.ptx["griddepcontrol.launch_dependents"]())
+        start_dependents()
         all[0] = T.cuda.func_call(
             "tvms_stream",
             T.address_of(words[bin, 0, thread % WARP, 0]),
@@ -43,8 +43,8 @@ def build(bins: int, warps: int) -> tvm.tirx.PrimFunc:
             source_code=_STREAM,
             return_type="uint32",
         )
-        T.evaluate(T.ptx["griddepcontrol.wait"]())
+        wait_for_inputs()
         if all[0] == T.uint32(0x9E3779B9):
             out[0] = all[0]
 
-    return stream.with_attr(LAUNCH_PARAMS, PROGRAMMATIC)
+    return dependent(stream)
