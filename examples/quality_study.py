@@ -12,6 +12,7 @@ one table.
 from __future__ import annotations
 
 import argparse
+import hashlib
 import json
 import re
 import shutil
@@ -45,8 +46,8 @@ METHODS = {
     "wanda, owl": "--prune wanda --allocation owl",
     "sparsegpt, owl": "--prune sparsegpt --allocation owl",
     "admm, follow, owl": "--prune admm --follow 0.5 --allocation owl",
-    "magnitude, tuned": "--prune magnitude --finetune 200",
-    "admm, follow, tuned": "--prune admm --follow 0.5 --finetune 200",
+    "magnitude, tuned": "--prune magnitude --finetune 120",
+    "admm, follow, tuned": "--prune admm --follow 0.5 --finetune 120",
     "admm, follow, tuned by layer": "--prune admm --follow 0.5 --finetune 100 --finetune-by layer",
 }
 CALIBRATE = "--samples 512 --length 512 --seed 0"
@@ -102,34 +103,43 @@ def run(options: argparse.Namespace) -> None:
     results = json.loads(options.results.read_text()) if options.results.exists() else {}
     began, dense = time.monotonic(), load(options.model, torch.device(options.device)).eval()
     windows = held_out(options.model, options.text / "heldout.txt").to(options.device)
-    save(results, "dense @ 0", judge(dense, dense, windows) | machine(options.device), options.results)
-    for key, argv in cases():
-        if key in results or not re.search(options.only, key):
-            continue
-        if time.monotonic() - began > options.seconds:
-            print("out of time: the same command goes on")
-            break
-        save(results, key, one(options, argv, dense, windows), options.results)
+    if "dense @ 0" not in results:
+        save(results, "dense @ 0", judge(dense, dense, windows) | machine(options.device), options.results)
+    with tempfile.TemporaryDirectory() as folder:
+        for key, argv in cases():
+            if key in results or not re.search(options.only, key):
+                continue
+            if time.monotonic() - began > options.seconds:
+                print("out of time: the same command goes on")
+                break
+            save(results, key, one(options, argv, dense, windows, Path(folder)), options.results)
 
 
-def one(options: argparse.Namespace, argv: list[str], dense: Any, windows: torch.Tensor) -> dict[str, Any]:
+def one(options: argparse.Namespace, argv: list[str], dense: Any, windows: torch.Tensor, kept: Path) -> dict[str, Any]:
+    """Prunes and judges. What is fine-tuned goes on from the same model pruned in one shot, where `kept` has it."""
+    began = time.monotonic()
+    tuning = argv.index("--finetune") if "--finetune" in argv else len(argv)
+    shot = kept / hashlib.sha256(" ".join(argv[:tuning]).encode()).hexdigest()
     text = ["--text", str(options.text / "calibration.txt")]
-    if "--finetune" in argv:
-        text += ["--finetune-text", str(options.text / "tuning.txt")]
-    began, folder = time.monotonic(), Path(tempfile.mkdtemp())
+    made, summary = shot, zeros(options, options.model, [*argv[:tuning], *text], shot)
     try:
-        request = parse_prune(
-            [*argv, *text, "--model", str(options.model), "--device", options.device, "--out", str(folder / "out")]
-        )
-        with (folder / "log").open("w") as log, redirect_stderr(log):
-            summary = prune(request)
+        if tuning < len(argv):
+            made, text = kept / "tuned", ["--finetune-text", str(options.text / "tuning.txt")]
+            learn = [*f"{CALIBRATE} {TUNE} --prune none --teacher".split(), str(options.model), *argv[tuning:]]
+            summary = zeros(options, shot, learn + text, made)
         took = time.monotonic() - began
-        pruned = load(folder / "out", torch.device(options.device)).eval()
-        found = judge(pruned, dense, windows)
+        found = judge(load(made, torch.device(options.device)).eval(), dense, windows)
     finally:
-        shutil.rmtree(folder)
-    facts = {"argv": " ".join(argv), "sparsity": summary["total"]["sparsity"], "prune_seconds": round(took, 1)}
+        shutil.rmtree(kept / "tuned", ignore_errors=True)
+    facts = {"argv": " ".join(argv), "sparsity": summary["total"]["sparsity"], "seconds": round(took, 1)}
     return found | facts | {"finetune": summary.get("finetune")} | machine(options.device)
+
+
+def zeros(options: argparse.Namespace, model: Path, argv: list[str], out: Path) -> dict[str, Any]:
+    """One command of prune; what it says goes to a file beside `out`. Returns the summary, of an old run too."""
+    request = parse_prune([*argv, "--model", str(model), "--device", options.device, "--out", str(out)])
+    with out.with_suffix(".log").open("w") as log, redirect_stderr(log):
+        return prune(request)
 
 
 def held_out(model: Path, text: Path) -> torch.Tensor:
@@ -175,7 +185,7 @@ def save(results: dict[str, Any], key: str, found: dict[str, Any], path: Path) -
     writing.write_text(json.dumps(results, indent=1) + "\n")
     writing.rename(path)
     print(f"{key:34} perplexity {found['perplexity']:9.3f}  KL {found['divergence']:.4f}  same top "
-          f"{found['same_top']:.2%}  {found.get('prune_seconds', 0):5.1f} s", flush=True)  # fmt: skip
+          f"{found['same_top']:.2%}  {found.get('seconds', 0):5.1f} s", flush=True)  # fmt: skip
 
 
 # ---------------------------------------------------------------------------------------------
