@@ -37,6 +37,8 @@ __device__ __forceinline__ void tvms_publish() { asm volatile("fence.proxy.async
 class Product:
     """c [64, columns] += a b, or = a b where `add` is 0: `tvms_product_DTYPE(c, a, b, add)`.
 
+    Specialisations of one template: what calls it may stand before the products of another kernel's widths.
+
     a [64, 16] lies in a warp's registers, 16 rows a warp, or (`from_tile`) in shared memory; b [16, columns] in shared
     memory, its 16 next to one another, or (`turned`, the name ends so too) its columns.
     """
@@ -58,11 +60,17 @@ class Product:
             a = "{" + ", ".join(f"%{sums + i}" for i in range(4)) + "}"
             given = ", ".join(f'"r"(a[{i}])' for i in range(4))
         flags = "1, 1, 0, " if self.from_tile else "1, 1, "
-        guard = f"{name}_{self.columns}_{int(self.from_tile)}".upper()
+        guard = f"{name}_{int(self.from_tile)}".upper()
+        blocks = self.columns // 8
         return f"""
 #if defined(TVMS_WARPGROUP) && !defined({guard})
 #define {guard}
-__device__ __forceinline__ void {name}(float (&c)[{self.columns // 8}][4], {declared}, unsigned long long b, int add) {{
+template <int N> __device__ void {name}(float (&c)[N][4], {declared}, unsigned long long b, int add);
+#endif
+#if defined(TVMS_WARPGROUP) && !defined({guard}_{self.columns})
+#define {guard}_{self.columns}
+template <> __device__ __forceinline__ void {name}<{blocks}>(
+    float (&c)[{blocks}][4], {declared}, unsigned long long b, int add) {{
   asm volatile("{{ .reg .pred p; setp.ne.b32 p, %{sums + count + 1}, 0; "
       "wgmma.mma_async.sync.aligned.m64n{self.columns}k16.f32.{self.dtype}.{self.dtype} "
       "{{{outputs}}}, {a}, %{sums + count}, p, {flags}{int(self.turned)}; }}"
