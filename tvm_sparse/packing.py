@@ -1,5 +1,6 @@
-"""Streams a model's parameters into an artefact: read, prune, measure, decide, pack, write, one matrix at a time.
+"""Streams a model's parameters into an artefact: read, prune, measure, decide, pack, write, one matrix after the other.
 
+Three of them are under way: one is read and pruned while the one before is packed and the one before that is written.
 The largest projection of the 27B is 356 MB and is held whole, with its packed form; the embedding and lm_head
 (2.5 GB each) pass through in row blocks.
 """
@@ -7,8 +8,9 @@ The largest projection of the 27B is 356 MB and is held whole, with its packed f
 from __future__ import annotations
 
 import sys
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -19,6 +21,7 @@ from tvm_sparse.errors import Refusal
 from tvm_sparse.formats import FORMATS, FormatChoice, Packed, measure, pack
 from tvm_sparse.formats.base import Format
 from tvm_sparse.layout import Layout, RuntimeParam
+from tvm_sparse.pipeline import Behind, ahead
 from tvm_sparse.plan import DENSE_REASON, Plan, PlanEntry, always_dense, decide, keep_dense
 from tvm_sparse.progress import bar
 from tvm_sparse.targets import Machine
@@ -61,11 +64,20 @@ def pack_model(
     `blocks` are the block shapes to look for, `expected` the bytes all parameters should take (the declared plan's).
     Raises Refusal for NaN or infinity, by name; Stopped where the disk is full. What is finished is kept either way.
     """
-    plan = Plan()
     with ParamsWriter(folder, fingerprint, expected) as writer:
-        for param in bar(layout.params, len(layout.params), "parameter", "packing"):
-            if param.name not in writer.done:
-                _pack_param(writer, param, weights, machines, batch, blocks, formats)
+        missing = [param for param in layout.params if param.name not in writer.done]
+        values = ahead(_values(missing, weights))
+        with Behind() as writing:
+            for param, value in bar(values, len(missing), "parameter", "packing"):
+                if value is None:
+                    writing.submit(partial(_copy_dense, writer, param, weights))
+                elif param.kind == "vector":
+                    writing.submit(partial(_write_vector, writer, param, value))
+                else:
+                    writing.submit(_packed(writer, param, value, machines, batch, blocks, formats))
+                del value  # the next one is there already
+        plan = Plan()
+        for param in layout.params:
             if param.kind != "vector":
                 plan[param.name] = PlanEntry.from_json(writer.done[param.name]["plan"])
         writer.finish([param.name for param in layout.params])
@@ -86,50 +98,45 @@ def buffer_names(layout: Layout, plan: Plan) -> list[str]:
     return names
 
 
-def _pack_param(
-    writer: ParamsWriter,
-    param: RuntimeParam,
-    weights: Weights,
-    machines: Sequence[Machine],
-    batch: int,
-    blocks: Sequence[tuple[int, int]],
-    formats: Collection[str],
-) -> None:
-    if param.kind == "vector":
-        value = weights.vector(param).float()
-        facts = _facts(FORMATS["dense"].choice(width=32), param.shape) | {"nnz": int(value.count_nonzero())}
-        writer.write(param.name, facts, [("", "float32", param.shape, [value])], value.nbytes)
-        return
-    if always_dense(param, weights.selected):
-        _copy_dense(writer, param, weights)
-        return
-    matrix = weights.matrix(param)
-    try:
-        packed, entry = _packed(param, matrix, machines, batch, blocks, formats)
-    except Refusal as refusal:
-        raise Refusal(f"{param.name}: {refusal}") from None
-    del matrix
-    _write(writer, param, packed, {"nnz": packed.nnz, "plan": entry.to_json()})
+def _values(params: Iterable[RuntimeParam], weights: Weights) -> Iterator[tuple[RuntimeParam, torch.Tensor | None]]:
+    """Vectors and matrices; None for a matrix that passes through in blocks."""
+    for param in params:
+        if param.kind == "vector":
+            yield param, weights.vector(param).float()
+        else:
+            yield param, None if always_dense(param, weights.selected) else weights.matrix(param)
 
 
 def _packed(
+    writer: ParamsWriter,
     param: RuntimeParam,
     matrix: torch.Tensor,
     machines: Sequence[Machine],
     batch: int,
     blocks: Sequence[tuple[int, int]],
     formats: Collection[str],
-) -> tuple[Packed, PlanEntry]:
-    if matrix.dtype == torch.float32:
-        packed = pack(matrix, FORMATS["dense"].choice(width=32))
-        reason = "dense: float32 values that are no bfloat16"
-        print(f"  {param.name} stays {reason}", file=sys.stderr)
-        return packed, keep_dense(param.name, packed.shape, packed.nnz, reason, width=32)
-    stats = measure(matrix, blocks)
-    entry = decide(param.name, stats, machines, batch, formats)
-    packed = pack(matrix, entry.choice)
-    bits = 8 * packed.nbytes / packed.nnz if packed.nnz else 0.0
-    return packed, replace(entry, nbytes=packed.nbytes, bits_per_nonzero=bits)
+) -> Callable[[], None]:
+    """Packs a matrix; what is given back writes it."""
+    try:
+        if matrix.dtype == torch.float32:
+            packed = pack(matrix, FORMATS["dense"].choice(width=32))
+            reason = "dense: float32 values that are no bfloat16"
+            print(f"  {param.name} stays {reason}", file=sys.stderr)
+            entry = keep_dense(param.name, packed.shape, packed.nnz, reason, width=32)
+        else:
+            stats = measure(matrix, blocks)
+            entry = decide(param.name, stats, machines, batch, formats)
+            packed = pack(matrix, entry.choice)
+            bits = 8 * packed.nbytes / packed.nnz if packed.nnz else 0.0
+            entry = replace(entry, nbytes=packed.nbytes, bits_per_nonzero=bits)
+    except Refusal as refusal:
+        raise Refusal(f"{param.name}: {refusal}") from None
+    return partial(_write, writer, param, packed, {"nnz": packed.nnz, "plan": entry.to_json()})
+
+
+def _write_vector(writer: ParamsWriter, param: RuntimeParam, value: torch.Tensor) -> None:
+    facts = _facts(FORMATS["dense"].choice(width=32), param.shape) | {"nnz": int(value.count_nonzero())}
+    writer.write(param.name, facts, [("", "float32", param.shape, [value])], value.nbytes)
 
 
 def _copy_dense(writer: ParamsWriter, param: RuntimeParam, weights: Weights) -> None:
@@ -143,7 +150,7 @@ def _copy_dense(writer: ParamsWriter, param: RuntimeParam, weights: Weights) -> 
 
     def blocks() -> Iterator[torch.Tensor]:
         nonlocal nnz
-        for block in weights.blocks(param):
+        for block in ahead(weights.blocks(param)):
             part = pack(block, dense)
             nnz += part.nnz
             yield part.buffers[""].cpu()

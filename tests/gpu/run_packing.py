@@ -1,27 +1,30 @@
 """Packs a model's parameters on the GPU and on the CPU: python tests/gpu/run_packing.py [MODEL [LAYERS]]
 
 First every format on small matrices, bit for bit; then, with MODEL (such as qwen3.5-27b), the whole model or its first
-layers from synthetic weights at 75 % into a temporary folder, with the time and the peak of host memory; of LAYERS also
-where the time goes.
+layers from synthetic weights at 75 % into a temporary folder, with the time, the peak of host memory and the seconds of
+each phase. Reading and pruning, packing, and writing go on side by side, each in a thread of its own.
 """
 
 from __future__ import annotations
 
-import cProfile
-import pstats
 import sys
 import tempfile
 import time
+from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 sys.path[:0] = [str(Path(__file__).parents[2])]
 
 import torch  # noqa: E402
 
+from tvm_sparse import packing  # noqa: E402
+from tvm_sparse.artefact.writer import ParamsWriter  # noqa: E402
 from tvm_sparse.checkpoint.base import Checkpoint  # noqa: E402
 from tvm_sparse.checkpoint.synthetic import SyntheticCheckpoint  # noqa: E402
-from tvm_sparse.formats import FORMATS, measure, pack  # noqa: E402
+from tvm_sparse.formats import FORMATS, delta, measure, pack  # noqa: E402
 from tvm_sparse.layout import make_layout  # noqa: E402
 from tvm_sparse.models.config import REGISTERED, ModelConfig  # noqa: E402
 from tvm_sparse.packing import pack_model, packing_device  # noqa: E402
@@ -63,17 +66,44 @@ def _bytes(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.contiguous().view(-1).view(torch.uint8)
 
 
+SECONDS: Counter[str] = Counter()
+TIMED = {
+    "read": (SyntheticCheckpoint, "rows"),
+    "prune": (Pruner, "matrix"),
+    "measure": (packing, "measure"),
+    "plan": (packing, "decide"),
+    "pack": (packing, "pack"),
+    "deal, of pack": (delta, "deal"),
+    "write": (ParamsWriter, "write"),
+    "close a file, of write": (ParamsWriter, "_close_file"),
+}
+
+
+def timed(phase: str, function: Callable[..., Any]) -> Callable[..., Any]:
+    def run(*arguments: Any, **options: Any) -> Any:
+        began = time.perf_counter()
+        try:
+            return function(*arguments, **options)
+        finally:
+            SECONDS[phase] += time.perf_counter() - began  # type: ignore[assignment]
+
+    return run
+
+
 def whole(model: ModelConfig) -> None:
     layout, selected = make_layout(model), select(model)
     checkpoint: Checkpoint = SyntheticCheckpoint(model)
     weights = PrunedWeights(checkpoint, Pruner(sparsity=0.75), selected, packing_device())
     expected = declared(model, layout, selected, 0.75, Pattern(), H200, 1).nbytes
+    for phase, (owner, name) in TIMED.items():
+        setattr(owner, name, timed(phase, getattr(owner, name)))
     with tempfile.TemporaryDirectory() as folder:
         began = time.perf_counter()
         plan = pack_model(Path(folder), "timing", layout, weights, H200, 1, expected=expected)
         took = time.perf_counter() - began
     peak = peak_memory() / 2**30
     print(f"{plan.nbytes / 1e9:.2f} GB packed on {weights.device} in {took:.0f} s, {peak:.2f} GiB of RAM")
+    print(", ".join(f"{phase} {seconds:.1f} s" for phase, seconds in SECONDS.items()))
 
 
 def main(model: str = "", layers: str = "") -> None:
@@ -81,14 +111,9 @@ def main(model: str = "", layers: str = "") -> None:
     if not model:
         return
     config = REGISTERED[model]
-    if not layers:
-        whole(config)
-        return
-    first = replace(config, num_hidden_layers=int(layers), layer_types=config.layer_types[: int(layers)])
-    profile = cProfile.Profile()
-    profile.runcall(whole, first)
-    pstats.Stats(profile).sort_stats("tottime").print_stats(25)
-    pstats.Stats(profile).sort_stats("cumulative").print_stats(35)
+    if layers:
+        config = replace(config, num_hidden_layers=int(layers), layer_types=config.layer_types[: int(layers)])
+    whole(config)
 
 
 if __name__ == "__main__":

@@ -27,7 +27,8 @@ class PrunedWeights:
         self.device = torch.device(device)
         # Norms of blocks are sums of floats, which another device adds in another order: those stay on the CPU.
         self._pruned_on = torch.device("cpu") if pruner.pattern.kind == "block" else self.device
-        self._rows = READ_ROWS * (1 if self.device.type == "cpu" else 8)  # beside a GPU: enough for many cores to read
+        # Beside a GPU many cores read, best a whole matrix at a time: no projection of the 27B has more rows.
+        self._rows = READ_ROWS * (1 if self.device.type == "cpu" else 20)
         self.pruner = pruner
         self.selected = frozenset(selected)
         self.zeros: dict[str, Zeros] = {}
