@@ -66,9 +66,7 @@ SIDE = {
     },
 }  # fmt: skip
 WINDOW, BATCH, TOKENS = 512, 16, 60_000
-# One token of Qwen3.5-27B at these sparsities, batch 1, position 0, on an NVIDIA H200: README.md, "Measured". Update
-# here and print the table anew; what is not measured is left out.
-MILLISECONDS = {"dense": "12.62", "50": "7.58", "75": "4.84", "90": "3.20"}
+SPEEDS = Path(__file__).resolve().parent.parent / "tuning_logs" / "nvidia-h200" / "bench" / "model.json"
 FIELDS = (  # title, key of a result, format
     ("perplexity", "perplexity", "{:.2f}"),
     ("KL divergence", "divergence", "{:.3f}"),
@@ -195,7 +193,8 @@ def save(results: dict[str, Any], key: str, found: dict[str, Any], path: Path) -
 def table(options: argparse.Namespace) -> None:
     """Prints perplexity, divergence and agreement by method and level, or puts them into a page; draws a plot."""
     results = {key: found for path in options.results for key, found in json.loads(path.read_text()).items()}
-    sections = {"summary": summary(results), "methods": by_method(results), "changes": changes(results)}
+    first = summary(results, milliseconds(options.speeds))
+    sections = {"summary": first, "methods": by_method(results), "changes": changes(results)}
     if options.plot:
         options.plot.write_text(drawing(results) + "\n", encoding="utf-8")
     if not options.page:
@@ -209,7 +208,17 @@ def table(options: argparse.Namespace) -> None:
     options.page.write_text(page, encoding="utf-8")
 
 
-def summary(results: dict[str, Any]) -> str:
+def milliseconds(path: Path) -> dict[str, str]:
+    """By level: one token of Qwen3.5-27B, batch 1, position 0, as `tvm_sparse.bench model` found it."""
+    found = {}
+    for row in json.loads(path.read_text())["rows"]:
+        share, _, how = row["weights"].partition(", ")
+        if (row["model"], row["batch"], row["depth"], row["test"][:2], how) == ("qwen3.5-27b", 1, 0, "tg", "random"):
+            found[share.removesuffix("% zeros")] = f"{row['ms/token']:.2f}"
+    return found
+
+
+def summary(results: dict[str, Any], speeds: dict[str, str]) -> str:
     """One row a level: the best in one shot, the best fine-tuned, and how fast the 27B decodes there."""
     titles = " | ".join(title for title, _, _ in FIELDS)
     rows = [f"| zeros | in one shot | {titles} | fine-tuned | {titles} | 27B, ms a token |", "|---" * 10 + "|"]
@@ -226,7 +235,7 @@ def summary(results: dict[str, Any]) -> str:
             best = min(there, key=lambda name: there[name]["perplexity"], default=None)
             found = None if best is None else there[best]
             cells += [best or "", *(text.format(found[field]) if found else "" for _, field, text in FIELDS)]
-        rows.append(f"| {shown(level)} | " + " | ".join([*cells, MILLISECONDS.get(level, "")]) + " |")
+        rows.append(f"| {shown(level)} | " + " | ".join([*cells, speeds.get(level, "")]) + " |")
     return "\n".join(rows)
 
 
@@ -296,6 +305,7 @@ def main() -> None:
     command = commands.add_parser("table", help="Markdown of results, and a plot")
     command.set_defaults(run=table)
     command.add_argument("results", type=Path, nargs="+")
+    command.add_argument("--speeds", type=Path, default=SPEEDS, help="what `bench model` measured of the 27B")
     command.add_argument("--plot", type=Path, help="an SVG file to write")
     command.add_argument("--page", type=Path, help="a Markdown file to write the tables into, between its markers")
     options = parser.parse_args()
