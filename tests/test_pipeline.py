@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Iterator
+from functools import partial
 
 import pytest
 import torch
@@ -41,9 +42,13 @@ def test_what_a_source_raises_comes_after_its_items():
 def test_work_is_done_in_order_by_one_thread_with_torchs_threads():
     done = []
     threads = torch.get_num_threads()
+
+    def note(i: int) -> None:
+        done.append((i, torch.get_num_threads()))
+
     with Behind() as worker:
         for i in range(5):
-            worker.submit(lambda i=i: done.append((i, torch.get_num_threads())))
+            worker.submit(partial(note, i))
     assert done == [(i, threads) for i in range(5)]
 
 
