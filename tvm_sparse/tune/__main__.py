@@ -23,11 +23,9 @@ from tvm_sparse.tune.measuring import meter_for
 from tvm_sparse.tune.notes import Notes
 from tvm_sparse.tune.options import TuneOptions, parse, workloads
 
-TOGETHER = 8
-"""Kernels that take turns where builds do not disturb what is measured."""
-
 
 def main(argv: Sequence[str]) -> None:
+    began = time.perf_counter()
     options = parse(argv)
     if options.machine.is_gpu:
         from tvm_sparse.codegen.cuda_toolkit import find_toolkit
@@ -36,14 +34,18 @@ def main(argv: Sequence[str]) -> None:
     apart = not options.machine.is_gpu and options.server is None
     meter, stop = meter_for(options.machine, options.server), Event()
     with _interrupts(stop), WorkBench(options.machine, meter, options.jobs, apart) as bench:
+        import tvm.s_tir.tensor_intrin  # noqa: F401  what MetaSchedule loads first: while other processes begin
+
         name = bench.machine()
         if options.machine.is_gpu and options.machine.name.upper() not in name.upper():
             raise Refusal(f"--target {options.machine.name}: this is {name}, and records are only of what ran")
         bench.data = workloads(options, bench.arch())
-        tune_kernels(options, bench, name, " ".join(["python -m tvm_sparse.tune", *argv]), stop)
+        tune_kernels(options, bench, name, " ".join(["python -m tvm_sparse.tune", *argv]), stop, began)
 
 
-def tune_kernels(options: TuneOptions, bench: WorkBench, name: str, command: str, stop: Event) -> None:
+def tune_kernels(
+    options: TuneOptions, bench: WorkBench, name: str, command: str, stop: Event, began: float = 0.0
+) -> None:
     from tvm_sparse.schedules.tuning import missing, tune
 
     records, notes = Log(options.out), Notes(options.out)
@@ -60,13 +62,16 @@ def tune_kernels(options: TuneOptions, bench: WorkBench, name: str, command: str
         elif missing(spec, records, options.trials):
             todo.append(spec)
     print(f"{name}: {len(todo)} kernels to tune, {len(bench.data) - len(todo)} have their trials", flush=True)
-    report = _Progress(records, options.trials, todo)
-    at_once = 1 if bench.apart else TOGETHER
-    for group in (todo[i : i + at_once] for i in range(0, len(todo), at_once)):
-        tune(group, records, options.trials, bench, report, stop)
-        for spec in group:
-            if trials := trials_of(records, spec):
-                notes.put(spec, bench.data[spec], trials)
+    report = _Progress(records, options.trials, todo, began or time.perf_counter())
+
+    def turn(spec: KernelSpec, done: list[Trial]) -> None:
+        report(spec, done)
+        if trials := trials_of(records, spec):
+            notes.put(spec, bench.data[spec], trials)
+
+    # Kernels take turns where builds do not disturb what is measured.
+    for group in ([spec] for spec in todo) if bench.apart else [todo]:
+        tune(group, records, options.trials, bench, turn, stop)
         if stop.is_set():
             done = sum(not missing(spec, records, options.trials) for spec in bench.data)
             raise Stopped(
@@ -86,8 +91,8 @@ def trials_of(records: Log, spec: KernelSpec) -> list[Trial]:
 class _Progress:
     """A line for each turn of a kernel."""
 
-    def __init__(self, records: Log, wanted: int, todo: Sequence[KernelSpec]):
-        self._records, self._wanted, self._todo, self._began = records, wanted, todo, time.perf_counter()
+    def __init__(self, records: Log, wanted: int, todo: Sequence[KernelSpec], began: float):
+        self._records, self._wanted, self._todo, self._began = records, wanted, todo, began
 
     def __call__(self, spec: KernelSpec, done: Sequence[Trial]) -> None:
         trials = trials_of(self._records, spec)

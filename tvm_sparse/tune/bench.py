@@ -34,11 +34,12 @@ class WorkBench:
         self._building: set[Future[Path]] = set()
         self._thread = ThreadPoolExecutor(1)
         self._worker = Worker()
+        self._name = self._thread.submit(self._worker.call, meter.machine, timeout=_FIRST)
         self._packed: set[tuple[object, ...]] = set()
 
     def machine(self) -> str:
         """What the hardware calls itself. Raises Refusal where it is not there."""
-        return str(self._worker.call(self._meter.machine, timeout=_FIRST))
+        return str(self._name.result())
 
     def arch(self) -> str:
         """The machine's; of a CPU the best instruction set it has."""

@@ -21,6 +21,8 @@ class Builder:
         self._machine, self._folder, self._numbers = machine.name, folder, count()
         cores = len(os.sched_getaffinity(0))
         self._pool = ProcessPoolExecutor(jobs or cores, multiprocessing.get_context("spawn"), ignore_interrupts)
+        for _ in range(jobs or cores):
+            self._pool.submit(_load)  # while the machine is asked for its name and data are packed
 
     def build(self, spec: KernelSpec, decisions: dict[str, int]) -> Future[Path]:
         """One kernel, under its spec's name."""
@@ -36,6 +38,10 @@ class Builder:
 
     def _submit(self, function: Callable[..., Path], *arguments: object) -> Future[Path]:
         return self._pool.submit(function, str(self._folder / f"{next(self._numbers)}.so"), *arguments)
+
+
+def _load() -> None:
+    import tvm_sparse.schedules.table  # noqa: F401  TVM, most of all
 
 
 def _build_kernel(path: str, spec_json: str, decisions: dict[str, int], machine: str) -> Path:

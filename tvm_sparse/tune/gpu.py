@@ -60,12 +60,12 @@ def _weight(shape: tuple[int, int], sparsity: float) -> torch.Tensor:
     return random_sparse(shape, sparsity)
 
 
-@lru_cache(maxsize=32)  # 0.3 to 0.7 GB each
+@lru_cache(maxsize=64)  # 0.3 to 0.7 GB each
 def _copies(shape: tuple[int, int], sparsity: float, choice: FormatChoice, machine: str) -> list[list[torch.Tensor]]:
     packed = pack(_weight(shape, sparsity), choice)
     return rotating(packed.buffers.values(), MACHINES[machine])
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=128)
 def _wanted(shape: tuple[int, int], sparsity: float, tokens: int) -> torch.Tensor:
     return random_tokens(tokens, shape[1]).double() @ _weight(shape, sparsity).double().T

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import multiprocessing
+import os
 import signal
 from collections.abc import Callable
 from concurrent.futures import ProcessPoolExecutor
@@ -11,7 +12,8 @@ from typing import Any
 
 
 def ignore_interrupts() -> None:
-    """Ctrl-C reaches every process of a terminal: the one that started the others ends them."""
+    """Ctrl-C reaches every process of a terminal's group: the one that started the others ends them, compilers too."""
+    os.setpgrp()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
 
 
