@@ -535,6 +535,24 @@ def test_json_lines_and_seeds(model, tmp_path):
     assert len({tuple(row) for row in one.ids.tolist()}) == 8
 
 
+def test_a_text_from_the_hub(model, tmp_path, monkeypatch):
+    """OWNER/DATASET/FILE is a file of that data set, folders in its name included; without a hub, one line."""
+    config = ModelConfig.from_json(json.loads((model / "config.json").read_text()))
+    asked = []
+
+    def download(*where, repo_type):
+        asked.append((*where, repo_type))
+        if where[0] == "owner/gone":
+            raise OSError("no network")
+        return TEXT
+
+    monkeypatch.setattr("huggingface_hub.hf_hub_download", download)
+    found = calibration("owner/data/en/part-0.json.gz", model, config, 2, 16, 0)
+    assert asked == [("owner/data", "en/part-0.json.gz", "dataset")] and found.ids.shape == (2, 16)
+    with pytest.raises(Refusal, match="the hub does not give it"):
+        calibration("owner/gone/text.txt", model, config, 2, 16, 0)
+
+
 def test_build_names_the_way_on(tmp_path):
     with pytest.raises(Refusal, match=r"python -m tvm_sparse\.prune .* --prune none"):
         build(parse_build(["--model", str(DENSE), "--sparsity", "0.6", "--prune", "sparsegpt", "--target", "cpu"]))
