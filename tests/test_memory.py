@@ -1,11 +1,18 @@
 """The memory plan: what an engine allocates is known, and refused, before it allocates."""
 
+import gc
+
+import numpy as np
 import pytest
 
+from tvm_sparse.engine.mapped import Foreign
 from tvm_sparse.engine.memory import MemoryPlan, plan_memory
+from tvm_sparse.engine.runtime import Device, load_tvm_ffi
 from tvm_sparse.errors import Refusal
 
 FACTS = {
+    "device": "cuda",
+    "config": {"tie_word_embeddings": True},
     "workspace": 1000,
     "state": [
         {"name": "layers.0.recurrent_state", "shape": [2, 4, 8, 8], "dtype": "float32"},
@@ -15,13 +22,35 @@ FACTS = {
 
 
 def test_what_is_counted():
-    plan = plan_memory(FACTS, [500, 700], context=100)
+    plan = plan_memory(FACTS, {"a": 500, "embed_tokens.weight": 700}, context=100)
     assert plan == MemoryPlan(weights=1200, states=2 * 4 * 64 * 4, workspace=1000, position=2 * 4 * 16 * 2, context=100)
     assert plan.total == 1200 + 2048 + 1000 + 25600
 
 
+def test_an_embedding_that_is_only_looked_up_stands_in_the_hosts_memory():
+    weights = {"a": 500, "embed_tokens.weight": 700}
+    untied = {**FACTS, "config": {"tie_word_embeddings": False}}
+    plan = plan_memory(untied, weights, context=100)
+    assert (plan.weights, plan.on_host, plan.total) == (500, 700, 500 + 2048 + 1000 + 25600)
+    assert str(plan).endswith(", and 0.0 MB of the host's")
+    assert plan_memory({**untied, "device": "cpu"}, weights, context=100).on_host == 0
+
+
+def test_memory_of_the_hosts_is_a_tensor_until_its_last_user_is_gone():
+    freed: list[int] = []
+    array = np.arange(12, dtype=np.float32).reshape(3, 4)
+    cpu = Device("cpu")
+    tensor = load_tvm_ffi().from_dlpack(Foreign(array.ctypes.data, (3, 4), "float32", (1, 0), lambda: freed.append(1)))
+    assert (tuple(tensor.shape), str(tensor.dtype)) == ((3, 4), "float32")
+    array[1, 1] = 50
+    assert np.array_equal(cpu.download(tensor), array) and not freed
+    del tensor
+    gc.collect()
+    assert freed == [1]
+
+
 def test_the_largest_context_fills_what_is_there():
-    plan = plan_memory(FACTS, [1200], context=100)
+    plan = plan_memory(FACTS, {"a": 1200}, context=100)
     fits = plan.largest_context(plan.total - 1)
     assert fits == 99
     assert plan.largest_context(10) == 0

@@ -194,7 +194,7 @@ def _fill(engine: Engine) -> None:
 def _streamed(engine: Engine, facts: dict[str, Any]) -> int:
     """Bytes a decode step reads whatever the depth: all weights but the embedding (one row a token), and states."""
     embedding = 0 if facts["config"]["tie_word_embeddings"] else 2 * engine.vocab_size * facts["config"]["hidden_size"]
-    return engine.memory.weights - embedding + 2 * engine.memory.states
+    return engine.memory.weights + engine.memory.on_host - embedding + 2 * engine.memory.states
 
 
 def _read_again(folder: Path, facts: dict[str, Any]) -> int:

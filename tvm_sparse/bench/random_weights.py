@@ -14,6 +14,7 @@ from typing import Any
 import torch
 import tvm_ffi
 
+from tvm_sparse.engine.memory import kept_on_host
 from tvm_sparse.engine.runtime import Device
 from tvm_sparse.formats import FORMATS, pack
 from tvm_sparse.layout import RuntimeParam, make_layout
@@ -35,25 +36,28 @@ class RandomWeights:
         self._rows = {row["param"]: row for row in report["matrices"]}
         self._templates: dict[tuple, dict[str, torch.Tensor]] = {}
         self._tensors: dict[str, torch.Tensor] = {}
-        wanted = set(facts["params"])
+        wanted, on_host = set(facts["params"]), kept_on_host(facts)
         for param in make_layout(ModelConfig.from_json(facts["config"]), facts["layout"]["schedule"]).params:
             for buffer, tensor in self._packed(param).items():
                 name = f"{param.name}.{buffer}" if buffer else param.name
                 if name in wanted:
-                    self._tensors[name] = tensor.clone()
+                    self._tensors[name] = tensor.cpu() if name in on_host else tensor.clone()
         self._templates.clear()
         if self._device.type == "cuda":
             torch.cuda.empty_cache()
 
     @property
     def resident(self) -> int:
-        return sum(tensor.nbytes for tensor in self._tensors.values())
+        return sum(tensor.nbytes for tensor in self._tensors.values() if tensor.device == self._device)
 
     def nbytes(self, name: str) -> int:
         return self._tensors[name].nbytes
 
-    def tensor(self, name: str, device: Device) -> Any:
-        return tvm_ffi.from_dlpack(self._tensors[name])
+    def tensor(self, name: str, device: Device, on_host: bool) -> Any:
+        tensor = self._tensors[name]
+        if on_host:
+            return device.mapped(tuple(tensor.shape), "bfloat16", tensor.view(torch.int16).numpy())
+        return tvm_ffi.from_dlpack(tensor)
 
     def _packed(self, param: RuntimeParam) -> dict[str, torch.Tensor]:
         row = self._rows.get(param.name)

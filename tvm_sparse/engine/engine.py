@@ -11,7 +11,7 @@ import numpy as np
 
 from tvm_sparse.artefact.reader import LIBRARY, open_artefact, read_facts
 from tvm_sparse.engine.capture import CapturedStep
-from tvm_sparse.engine.memory import plan_memory
+from tvm_sparse.engine.memory import kept_on_host, plan_memory
 from tvm_sparse.engine.runtime import Device
 from tvm_sparse.engine.sampling import Sampling
 from tvm_sparse.engine.text import TextTokenizer
@@ -55,12 +55,14 @@ class Engine:
         self._check(batch)
 
         self._device = Device(device)
-        self.memory = plan_memory(facts, (weights.nbytes(name) for name in facts["params"]), self.context)
+        self.memory = plan_memory(facts, {name: weights.nbytes(name) for name in facts["params"]}, self.context)
         self.memory.require(self._device.free_memory() + weights.resident, device, folder)
         self._vm = vm = self._device.load_vm(self._folder / LIBRARY)
         self._prefill, self._decode, self._score = vm["prefill"], vm["decode"], vm["score"]
         self._pick = vm["pick"] if self._device.kind == "cuda" else None
-        self._params = self._device.array([weights.tensor(name, self._device) for name in facts["params"]])
+        on_host = kept_on_host(facts)
+        params = [weights.tensor(name, self._device, name in on_host) for name in facts["params"]]
+        self._params = self._device.array(params)
         self._state_tensors = [
             self._device.zeros(tuple(self.context if d == "context" else d for d in each["shape"]), each["dtype"])
             for each in facts["state"]
@@ -93,7 +95,7 @@ class Engine:
 
     @property
     def device(self) -> str:
-        """"cpu" or "cuda"."""
+        """ "cpu" or "cuda"."""
         return self._device.kind
 
     @property

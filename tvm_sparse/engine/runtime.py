@@ -11,14 +11,18 @@ import glob
 import importlib.util
 import os
 import sys
-from functools import cache
+from functools import cache, partial
 from pathlib import Path
 from types import ModuleType
 from typing import Any
 
 import numpy as np
 
+from tvm_sparse.engine.mapped import Foreign
 from tvm_sparse.errors import Refusal
+
+_CUDA = 2  # DLPack's number
+_MAPPED = 2  # cudaHostAlloc: the device can reach it
 
 
 @cache
@@ -123,6 +127,20 @@ class Device:
         tensor = self.empty(shape, dtype)
         self.clear(tensor)
         return tensor
+
+    def mapped(self, shape: tuple[int, ...], dtype: str, data: np.ndarray) -> Any:
+        """A tensor of this GPU that stands in the host's memory: what a kernel reads of it comes across the bus.
+
+        Raises Refusal where the host cannot pin so much.
+        """
+        place, cudart, data = ctypes.c_void_p(), self._cudart, np.ascontiguousarray(data)
+        assert cudart is not None, "a CPU has no other memory"
+        cudart.cudaSetDevice(self.index)
+        if cudart.cudaHostAlloc(ctypes.byref(place), ctypes.c_size_t(data.nbytes), _MAPPED):
+            raise Refusal(f"the host cannot pin {data.nbytes / 1e9:.2f} GB of its memory for the embedding: free some")
+        ctypes.memmove(place, data.ctypes.data, data.nbytes)
+        free = partial(cudart.cudaFreeHost, place)
+        return self._ffi.from_dlpack(Foreign(place.value or 0, shape, dtype, (_CUDA, self.index), free))
 
     def clear(self, tensor: Any, row: int | None = None) -> None:
         """Sets every byte to zero, or those of one row of the first dimension."""

@@ -17,7 +17,8 @@ class Weights(Protocol):
 
     def nbytes(self, name: str) -> int: ...
 
-    def tensor(self, name: str, device: Device) -> Any: ...
+    def tensor(self, name: str, device: Device, on_host: bool) -> Any:
+        """`on_host`: in the host's memory, for a GPU to read from there."""
 
 
 class StoredWeights:
@@ -31,8 +32,10 @@ class StoredWeights:
     def nbytes(self, name: str) -> int:
         return self._artefact.buffers[name].nbytes
 
-    def tensor(self, name: str, device: Device) -> Any:
+    def tensor(self, name: str, device: Device, on_host: bool) -> Any:
         stored = self._artefact.buffers[name]
+        if on_host:
+            return device.mapped(stored.shape, stored.dtype, self._artefact.array(name))
         tensor = device.empty(stored.shape, stored.dtype)
         device.upload(tensor, self._artefact.array(name))
         return tensor
