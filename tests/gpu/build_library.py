@@ -1,4 +1,7 @@
-"""Builds every kernel of cases.py for the H200 and the B200: python tests/gpu/build_library.py OUT.so"""
+"""Builds every kernel of cases.py and the ragged products: python tests/gpu/build_library.py OUT.so [machine ...]
+
+For the H200 where no machine is named. Beside OUT.so stands OUT.json, what run_products.py checks.
+"""
 
 from __future__ import annotations
 
@@ -9,32 +12,23 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).parent))
 
 import cases
-import tvm
+from build_products import build, gather, ragged
 
-from tvm_sparse.codegen.cuda import build_cuda_library
 from tvm_sparse.schedules.ops import ModelOps
 from tvm_sparse.schedules.spec import KernelSpec
 from tvm_sparse.schedules.table import instantiate
-from tvm_sparse.targets import MACHINES
 
 
-def main(out: str) -> None:
+def main(out: str, machines: list[str]) -> None:
     began = time.perf_counter()
-    functions = {}
+    functions, products, rows = gather(ragged())
     for case in cases.matmuls():
-        spec = KernelSpec(
-            case.choice, case.n, case.k, case.m, case.x_dtype, case.out_dtype, "sm_90a"
-        )
+        spec = KernelSpec(case.choice, case.n, case.k, case.m, case.x_dtype, case.out_dtype, "sm_90a")
         functions[case.name] = instantiate(spec, dict(case.decisions))
     for shape in cases.SHAPES:
         functions |= cases.operations(shape, ModelOps("cuda"))
-    mod = tvm.IRModule({name: f.with_attr("global_symbol", name) for name, f in functions.items()})
-    written = time.perf_counter()
-    machines = [MACHINES[name] for name in sys.argv[2:] or ["h200"]]
-    found = build_cuda_library(mod, out, machines)
-    counts = {arch: len(names) for arch, names in found.items()}
-    print(f"{counts} kernels; parsed in {written - began:.0f} s, built in {time.perf_counter() - written:.0f} s")
+    build(out, machines, functions, products, rows, began)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1])
+    main(sys.argv[1], sys.argv[2:])

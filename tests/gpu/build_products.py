@@ -1,6 +1,7 @@
-"""Builds what run_products.py checks: python tests/gpu/build_products.py OUT.so [machine ...]
+"""Builds the products that run_products.py times, at the 27B's shapes: python tests/gpu/build_products.py OUT.so
 
-Beside OUT.so stands OUT.json: a row for each product, for a machine without TVM's compiler.
+Beside OUT.so stands OUT.json: a row for each product, for a machine without TVM's compiler. build_library.py takes
+the ragged ones from here.
 """
 
 from __future__ import annotations
@@ -32,11 +33,14 @@ def choices(k: int):
     return [FORMATS[name].choice(**cut.get(name, {})) for name in DECODERS]
 
 
-def specs():
-    dense = FORMATS["dense"].choice()
+def ragged():
     for i, (n, k) in enumerate(RAGGED):
-        for choice in [dense, *choices(k), FORMATS["block"].choice(3, 20)]:
+        for choice in [FORMATS["dense"].choice(), *choices(k), FORMATS["block"].choice(3, 20)]:
             yield KernelSpec(choice, n, k, None, "bfloat16", ("bfloat16", "float32")[i % 2], "sm_90a")
+
+
+def whole():
+    dense = FORMATS["dense"].choice()
     for n, k in MODEL:
         for choice in [dense, *choices(k)]:
             yield KernelSpec(choice, n, k, None, "bfloat16", "bfloat16", "sm_90a")
@@ -44,10 +48,10 @@ def specs():
             yield KernelSpec(dense, n, k, m, "bfloat16", "bfloat16", "sm_90a")
 
 
-def main(out: str, *machines: str) -> None:
+def gather(specs):
+    """{kernel name: PrimFunc}, the products of which they are parts, and their rows for OUT.json."""
     functions, products, rows = {}, {}, []
-    began = time.perf_counter()
-    for spec in specs():
+    for spec in specs:
         made = product(spec)
         assert made is not None, spec
         products[made.symbol] = made
@@ -59,15 +63,18 @@ def main(out: str, *machines: str) -> None:
             functions[made.decode] = decoder(spec)
         rows.append({**asdict(made), "n": spec.n, "k": spec.k, "m": spec.m, "out_dtype": spec.out_dtype,
                      "format": spec.choice.name, "options": dict(spec.choice.options)})  # fmt: skip
+    return functions, list(products.values()), rows
+
+
+def build(out: str, machines: list[str], functions, products, rows, began: float) -> None:
     mod = tvm.IRModule({name: f.with_attr("global_symbol", name) for name, f in functions.items()})
     written = time.perf_counter()
-    found = build_cuda_library(
-        write_products(mod, list(products.values())), out, [MACHINES[name] for name in machines or ("h200",)]
-    )
+    found = build_cuda_library(write_products(mod, products), out, [MACHINES[name] for name in machines or ["h200"]])
     Path(out).with_suffix(".json").write_text(json.dumps(rows))
     counts = {arch: len(names) for arch, names in found.items()}
     print(f"{counts} kernels; parsed in {written - began:.0f} s, built in {time.perf_counter() - written:.0f} s")
 
 
 if __name__ == "__main__":
-    main(*sys.argv[1:])
+    started = time.perf_counter()
+    build(sys.argv[1], sys.argv[2:], *gather(whole()), started)

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
 # Checks every kernel and a whole model on a Hopper or Blackwell GPU, plainly and a part of them under compute-sanitizer.
 #   bash tests/gpu/run.sh [--library FILE] [--out FOLDER]
-#   --library FILE   what build_library.py wrote elsewhere: no compiler is needed here then, and no model is built
+#   --library FILE   what build_library.py wrote elsewhere (FILE with its JSON): no compiler is needed here then, and no
+#                    model is built
 #   --out FOLDER     logs, and what is built (default: a temporary folder)
 # Exit status: 0 all right or skipped (no such GPU here, said in a line), 1 something failed, 2 a bad argument.
 set -uo pipefail
@@ -52,6 +53,7 @@ sanitized() { # TOOL COMMAND...: our own kernels only, torch's have mangled name
 }
 
 nvidia-smi --query-gpu=name,driver_version --format=csv,noheader | head -n 1
+printf '%-22s %-8s %6s  %s\n' step outcome time "what it says"
 if [[ -z $library ]]; then
   library=$out/cases.so
   step build "$python" tests/gpu/build_library.py "$library" "$target" || exit 1
@@ -66,6 +68,8 @@ fi
 step matmuls "$python" tests/gpu/run_matmuls.py --library "$library"
 step operations "$python" tests/gpu/run_operations.py --library "$library"
 step prefill "$python" tests/gpu/run_prefill_operations.py --library "$library"
+step products "$python" tests/gpu/run_products.py --library "$library"
+step products-own env TVM_SPARSE_CUBLASLT=0 "$python" tests/gpu/run_products.py --library "$library"
 if command -v compute-sanitizer >/dev/null; then
   for tool in memcheck racecheck; do
     step "$tool-matmuls" sanitized "$tool" "$python" tests/gpu/run_matmuls.py --library "$library" --largest 5000

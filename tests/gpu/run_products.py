@@ -1,8 +1,8 @@
-"""Products of many tokens on a GPU: python tests/gpu/run_products.py LIBRARY.so [check|time]... (of build_products.py)
+"""Products of many tokens on a GPU: python tests/gpu/run_products.py --library FILE [time]
 
-`check`: every format on ragged shapes against float64, twice the same bits, alone and from a captured graph.
-`time`: the five shapes of the 27B; torch is cuBLAS on the dense matrix in the same run. TVM_SPARSE_CUBLASLT=0 takes
-the library's own kernel.
+Of build_library.py's: every format on ragged shapes against float64, twice the same bits, alone and from a captured
+graph. `time`, of build_products.py's: the five shapes of the 27B; torch is cuBLAS on the dense matrix in the
+same run. TVM_SPARSE_CUBLASLT=0 takes the library's own kernel.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parents[2])]
 
 import torch  # noqa: E402
 import tvm_ffi  # noqa: E402
-from host import DEVICE, Output, load, relative_error  # noqa: E402
+from host import DEVICE, Output, library_of, load, relative_error  # noqa: E402
 
 from tvm_sparse.formats import FORMATS  # noqa: E402
 
@@ -108,10 +108,11 @@ def dense_product(x: torch.Tensor, w: torch.Tensor, y: torch.Tensor) -> None:
 
 
 def check_all(rows: list[dict], get) -> bool:
-    failed, worst = [], {}
+    failed, worst, checked = [], {}, 0
     for row in rows:
         if row["n"] * row["k"] > 1 << 21:
             continue
+        checked += 1
         error = check(row, get(row["symbol"]))
         key = (row["format"], row["out_dtype"])
         worst[key] = max(worst.get(key, 0.0), error)
@@ -119,7 +120,7 @@ def check_all(rows: list[dict], get) -> bool:
             failed.append(f"{row['symbol']}: {error:.2e}")
     for key, error in worst.items():
         print(*key, f"{error:.1e}")
-    print(f"{len(failed)} failed", *failed, sep="\n  ", flush=True)
+    print(f"products: {checked - len(failed)} of {checked} right", *failed, sep="\n  ", flush=True)
     return not failed
 
 
@@ -163,15 +164,16 @@ def time_all(rows: list[dict], get) -> None:
             print(f"{tokens} tokens: {exp(sum(map(log, found)) / len(found)):.3f} of dense speed, geometric mean")
 
 
-def main(library: str, *parts: str) -> None:
+def main(argv: list[str]) -> None:
+    library, parts = library_of(argv)
     torch.seed()
     get = load(library)
     rows = json.loads(Path(library).with_suffix(".json").read_text())
-    right = "check" not in parts or check_all(rows, get)
+    right = "time" in parts or check_all(rows, get)
     if "time" in parts:
         time_all(rows, get)
     sys.exit(not right)
 
 
 if __name__ == "__main__":
-    main(sys.argv[1], *(sys.argv[2:] or ("check", "time")))
+    main(sys.argv[1:])
