@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from collections import deque
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from tiny import random_model, write_dense_artefact
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 
 from tvm_sparse.engine import Engine
+from tvm_sparse.engine.capture import CapturedStep
 from tvm_sparse.engine.sampling import Sampling
 from tvm_sparse.engine.text import TextTokenizer
 from tvm_sparse.errors import Refusal
@@ -58,6 +60,59 @@ def test_generate_ends_at_every_end_id_and_where_the_context_is_full(artefact):
     assert len(written) == 4
     engine.eos_token_ids = (7, written[2])
     assert list(engine.generate([5, 6], max_new_tokens=4)) == written[: written.index(written[2])]
+
+
+class StepsAhead(CapturedStep):
+    """A captured step as a GPU replays it, on a CPU; `most` steps were under way and not read."""
+
+    def __init__(self, engine: Engine) -> None:
+        self._engine, self.most = engine, 0
+        self._left: deque[np.ndarray] = deque()
+
+    def start(self) -> None:
+        self._engine._call_decode()
+        self._left.append(self._engine._device.download(self._engine._step_ids))
+        self.most = max(self.most, len(self._left))
+
+    def read(self) -> np.ndarray:
+        return self._left.popleft()
+
+    def wait(self) -> None:
+        self._left.clear()
+
+
+def ahead(artefact, context=None) -> tuple[Engine, StepsAhead]:
+    """An engine that picks tokens on its device and runs a step ahead of the host."""
+    engine = Engine(artefact, context=context)
+    engine._pick = lambda logits, ids: engine._device.upload(
+        ids, engine._device.download(logits).argmax(1).astype(np.int32)
+    )
+    engine._captured = steps = StepsAhead(engine)
+    return engine, steps
+
+
+def test_a_step_ahead_of_the_host_the_tokens_are_the_same(artefact, engine):
+    written = list(engine.generate([5, 6, 7], max_new_tokens=12))
+    gpu, steps = ahead(artefact)
+    for count in (0, 1, 2, 3, 12):
+        assert list(gpu.generate([5, 6, 7], max_new_tokens=count)) == written[:count]
+        assert gpu.position == 3 + max(0, count - 1)
+    assert steps.most == 2
+    gpu.advance(5)
+    assert gpu.position == 3 + 11 + 5
+    full, _ = ahead(artefact, context=8)
+    assert list(full.generate([5, 6, 7], max_new_tokens=12)) == written[:6] and full.position == 8
+
+
+def test_a_step_too_many_behind_an_end_id_does_no_harm(artefact, engine):
+    written = list(engine.generate([5, 6, 7], max_new_tokens=12))
+    gpu, _ = ahead(artefact)
+    gpu.eos_token_ids = (written[4],)
+    at = written.index(written[4])
+    assert list(gpu.generate([5, 6, 7], max_new_tokens=12)) == written[:at]
+    assert gpu.position == 3 + at + 1  # the end id is in the caches: its step was under way
+    gpu.eos_token_ids = ()
+    assert list(gpu.generate([5, 6, 7], max_new_tokens=12)) == written
 
 
 def test_same_seed_same_text_and_text_is_the_ids_decoded(engine):
@@ -165,6 +220,7 @@ ALONE = """
 import sys
 sys.modules["torch"] = None  # an import of torch raises
 from tvm_sparse.engine import Engine
+from tvm_sparse.engine.capture import CapturedStep
 engine = Engine(sys.argv[1])
 print("".join(engine.generate("In", max_new_tokens=3)))
 loaded = open("/proc/self/maps").read()

@@ -4,13 +4,14 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from functools import cached_property
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from tvm_sparse.artefact.reader import LIBRARY, open_artefact, read_facts
-from tvm_sparse.engine.capture import CapturedStep
+from tvm_sparse.engine.capture import CapturedStep, one_ahead
 from tvm_sparse.engine.memory import kept_on_host, plan_memory
 from tvm_sparse.engine.runtime import Device
 from tvm_sparse.engine.sampling import Sampling
@@ -76,7 +77,6 @@ class Engine:
         self._positions = [0] * self.batch
         self._steps = 0
         self._captured: CapturedStep | None = None
-        self._picked: int | None = None  # the id that stands in _step_ids already
 
     @property
     def position(self) -> int | list[int]:
@@ -147,13 +147,12 @@ class Engine:
         return logits[0] if self.batch == 1 else logits
 
     def advance(self, count: int) -> None:
-        """`count` decode steps whose logits stay on the device, on a GPU each with the greedy token of the one before:
-        for measuring."""
+        """`count` decode steps as greedy generation takes them, but that on a CPU every token is the same: for
+        measuring."""
         for slot in range(self.batch):
             self._require_room(slot, [0] * count)
-        for _ in range(count):
-            logits = self._decode_step()
-        self._device.download(logits)
+        for _ in self._likeliest(count) if self._pick else (self._decode_step() for _ in range(count)):
+            pass
 
     def score(self, ids: Sequence[int] | Sequence[Sequence[int]]) -> np.ndarray | list[np.ndarray]:
         """float32 [n - 1]: the log-probability of each token after the first (a list of them for a batch).
@@ -190,31 +189,57 @@ class Engine:
     def _new_ids(self, ids: list[int], count: int, sampling: Sampling, seed: int) -> Iterator[int]:
         self.reset()
         random = np.random.default_rng(seed)
-        following = sampling.choose(self.prefill(ids), random)
-        for remaining in range(count, 0, -1):
-            token = following
+        first = sampling.choose(self.prefill(ids), random)
+        steps = min(count - 1, self.context - self._positions[0])
+        for token in chain([first][:count], self._following(first, steps, sampling, random)):
             if token in self.eos_token_ids:
                 return
             yield token
-            if remaining == 1 or self._positions[0] == self.context:
-                return
-            following = self._following(token, sampling, random)
 
-    def _following(self, token: int, sampling: Sampling, random: np.random.Generator) -> int:
-        """decode, and the next token. From a GPU come four bytes, or the largest logits where they are enough."""
-        if self._pick is None:
-            return sampling.choose(self.decode(token), random)
-        if token != self._picked:
+    def _following(self, token: int, steps: int, sampling: Sampling, random: np.random.Generator) -> Iterator[int]:
+        """The tokens after `token`. From a GPU come four bytes, or the largest logits where they are enough."""
+        if self._pick is not None and sampling.temperature == 0:
             self._device.upload(self._step_ids, np.array([token], np.int32))
-        logits = self._decode_step()
-        if sampling.temperature == 0:
-            self._picked = int(self._device.download(self._step_ids)[0])
-            return self._picked
-        self._device.upload(self._scale, np.array([1 / sampling.temperature], np.float32))
-        found = self._vm["candidates"](logits, self._scale)
-        values, ids, log_sum = (self._device.download(each)[0] for each in found)
-        chosen = sampling.choose_among(values, ids, float(log_sum), random)
-        return sampling.choose(self._device.download(logits)[0], random) if chosen is None else chosen
+            yield from (int(ids[0]) for ids in self._likeliest(steps))
+            return
+        for _ in range(steps):
+            self._device.upload(self._step_ids, np.array([token], np.int32))
+            logits = self._decode_step()
+            token = self._drawn(logits, sampling, random)
+            yield token
+
+    def _drawn(self, logits: Any, sampling: Sampling, random: np.random.Generator) -> int:
+        if self._pick is not None:
+            self._device.upload(self._scale, np.array([1 / sampling.temperature], np.float32))
+            found = self._vm["candidates"](logits, self._scale)
+            values, ids, log_sum = (self._device.download(each)[0] for each in found)
+            chosen = sampling.choose_among(values, ids, float(log_sum), random)
+            if chosen is not None:
+                return chosen
+        return sampling.choose(self._device.download(logits)[0], random)
+
+    def _likeliest(self, count: int) -> Iterator[np.ndarray]:
+        """`count` steps on a GPU from the ids in _step_ids, each with the likeliest tokens of the one before.
+
+        Gives those tokens, int32 [batch], each while the step after it runs already. A caller who leaves earlier has
+        that step's tokens in the caches too.
+        """
+        while self._captured is None and count > 0:
+            self._decode_step()
+            count -= 1
+            yield self._device.download(self._step_ids)
+        step = self._captured
+        if step is None:
+            return
+
+        def start() -> None:
+            self._positions = [position + 1 for position in self._positions]
+            step.start()
+
+        try:
+            yield from one_ahead(start, step.read, count)
+        finally:
+            step.wait()
 
     def _prefill_slot(self, slot: int, ids: Sequence[int]) -> np.ndarray:
         self._require_room(slot, ids)
@@ -243,12 +268,11 @@ class Engine:
         return np.concatenate(found)
 
     def _decode_step(self) -> Any:
-        self._picked = None
         self._positions = [position + 1 for position in self._positions]
         if self._captured is not None:
             return self._captured()
         if self._device.kind == "cuda" and self._steps == _WARM_UP:
-            self._captured = CapturedStep(self._device, self._call_decode)
+            self._captured = CapturedStep(self._device, self._call_decode, self._step_ids)
             return self._captured()
         self._steps += 1
         return self._call_decode()
