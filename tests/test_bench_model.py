@@ -53,6 +53,22 @@ def test_a_row_measured_again_takes_the_place_of_the_old_one(tmp_path):
     assert rows == [{"test": "tg8", "ms": 1.5, "date": "tuesday"}, {"test": "pp8", "ms": 1.0, "date": "monday"}]
 
 
+def test_what_stands_inside_a_row_is_a_table_of_its_own(tmp_path):
+    rows = [
+        {"test": "tg8", "ms": 2.0, "by kind": {"head": 0.5, "norms": 0.25}},
+        {"test": "tg9", "ms": 3.0, "by kind": {"head": 0.75}},
+        {"test": "pp8", "ms": 1.0},
+    ]
+    merge(tmp_path, "model", rows, ["test"], {"date": "monday"})
+    first, second = (tmp_path / "model.md").read_text().split("## by kind")
+    assert "head" not in first
+    cells = [[cell.strip() for cell in line.split("|")[1:-1]] for line in second.splitlines() if line[:1] == "|"]
+    assert [cells[0], *cells[2:]] == [["test", "head", "norms"], ["tg8", "0.5", "0.25"], ["tg9", "0.75", ""]]
+    flat = list(csv.DictReader((tmp_path / "model.csv").open()))
+    assert flat[0]["by kind: norms"] == "0.25" and flat[2]["by kind: head"] == ""
+    assert json.loads((tmp_path / "model.json").read_text())["rows"][0]["by kind"] == rows[0]["by kind"]
+
+
 @pytest.mark.parametrize(
     ("argv", "says"),
     [

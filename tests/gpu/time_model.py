@@ -116,9 +116,13 @@ def main(artefact: str) -> None:
         finite = bool(torch.isfinite(torch.from_dlpack(results[0])).all())
         print(f"captured, position {at}: {took:.3f} ms a token, {1e3 / took:.0f} tokens/s, finite {finite}")
 
+    def replay(steps: int) -> None:
+        for _ in range(steps):
+            graph.replay()
+
     for at in (0, context - 64):
         position.fill_(at)
-        rows = account(graph.replay)
+        rows = account(replay)
         print(render(rows, "md", {"position": at, "us": round(sum(row["us a step"] for row in rows), 1)}), flush=True)
 
     prompt = torch.randint(1000, (256,), dtype=torch.int32, device=DEVICE)

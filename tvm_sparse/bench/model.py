@@ -24,16 +24,21 @@ from typing import Any
 import numpy as np
 
 from tvm_sparse.artefact.reader import INDEX, read_facts
+from tvm_sparse.bench.account import account, by_class, product_names
 from tvm_sparse.bench.results import merge
 from tvm_sparse.bench.tables import Row
 from tvm_sparse.bench.transformers_race import references
 from tvm_sparse.command_line import CommandParser
 from tvm_sparse.engine import Engine
 from tvm_sparse.errors import Refusal
+from tvm_sparse.layout import make_layout
+from tvm_sparse.models.config import ModelConfig
 from tvm_sparse.targets import MACHINES
 
 KEYS = ("machine", "model", "weights", "batch", "test", "depth")
 SYNTHETIC = "synthetic"
+SPLIT = "Milliseconds of a token by kind of kernel"
+_TRACED = 5  # tokens
 ELSEWHERE = "Published elsewhere, not measured here"
 
 
@@ -65,7 +70,7 @@ def main(argv: Sequence[str]) -> None:
     merged: list[Row] = []
     notes = {"machine": machine(options.device), "date": date.today().isoformat(), "command": command}
     for row in chain(*(measure(folder, options) for folder in options.folders), _beside(options)):
-        print("  " + ", ".join(f"{key} {_short(value)}" for key, value in row.items()), flush=True)
+        print("  " + ", ".join(f"{key} {_short(value)}" for key, value in row.items() if key != SPLIT), flush=True)
         merged = merge(options.out, "model", [row], KEYS, notes, {ELSEWHERE: references()})
     print((options.out / "model.md").read_text(encoding="utf-8") if merged else "nothing was measured")
 
@@ -118,9 +123,21 @@ def measure(folder: Path, options: Options) -> Iterator[Row]:
                 print(f"  {folder}: {test} at depth {depth} is over its context of {engine.context}: left out")
                 continue
             times = list(_times(engine, test, depth, options.repeat))
-            yield _row(folder, facts, engine, test, depth, times, streamed)
+            row = _row(folder, facts, engine, test, depth, times, streamed)
+            traced = test.kind == "tg" and engine.device == "cuda"
+            yield {**row, **(_split(facts, engine, depth) if traced else {})}
     del engine
     gc.collect()
+
+
+def _split(facts: dict[str, Any], engine: Engine, depth: int) -> Row:
+    """Where the time of a token goes at a depth, from the profiler's trace; nothing where that cannot look."""
+    engine.seek(min(depth, engine.context - _TRACED - 1))
+    layout = make_layout(ModelConfig.from_json(facts["config"]), facts["layout"]["schedule"])
+    split = by_class(account(engine.advance, _TRACED), product_names(layout.params))
+    if not split:
+        print("  torch's profiler saw no kernel: the split of a token's time is left out")
+    return {SPLIT: split} if split else {}
 
 
 def _beside(options: Options) -> Iterator[Row]:

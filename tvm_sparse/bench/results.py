@@ -19,8 +19,9 @@ def merge(
 ) -> list[Row]:
     """Adds `rows` to `folder`/`name`.json; a row whose `keys` are there already takes the place of the old one.
 
-    Each row carries the notes (command, date, machine) of the run it came from. `appendix` holds tables that follow
-    under their titles in the Markdown. Returns all rows, old ones first.
+    Each row carries the notes (command, date, machine) of the run it came from. A value that is a mapping makes a
+    table of its own in the Markdown, under its key, and columns in the CSV. `appendix` holds tables that follow under
+    their titles. Returns all rows, old ones first.
     """
     path = folder / f"{name}.json"
     known: dict[tuple, Row] = {}
@@ -30,16 +31,41 @@ def merge(
     folder.mkdir(parents=True, exist_ok=True)
     _write(path, json.dumps({"rows": merged}, indent=1) + "\n")
     shown = [{key: value for key, value in row.items() if key not in notes} for row in merged]
-    columns = list(dict.fromkeys(key for row in shown for key in row))
-    level = [{key: row.get(key, "") for key in columns} for row in shown]
     origins = {f"run {i + 1}": text for i, text in enumerate(dict.fromkeys(_origin(row, notes) for row in merged))}
-    tables = [
-        render(level, "md", origins),
-        *(f"## {title}\n\n{render(t, 'md', {})}" for title, t in (appendix or {}).items()),
+    titles = dict.fromkeys(key for row in shown for key, value in row.items() if isinstance(value, Mapping))
+    plain = [{key: value for key, value in row.items() if key not in titles} for row in shown]
+    tables = {title: _inside(shown, title, keys) for title in titles} | dict(appendix or {})
+    parts = [
+        render(level(plain), "md", origins),
+        *(f"## {name}\n\n{render(t, 'md', {})}" for name, t in tables.items()),
     ]
-    _write(folder / f"{name}.md", "\n\n".join(table.rstrip() for table in tables) + "\n")
-    _write(folder / f"{name}.csv", render(level, "csv", {}) + "\n")
+    _write(folder / f"{name}.md", "\n\n".join(part.rstrip() for part in parts) + "\n")
+    _write(folder / f"{name}.csv", render(level([_flat(row) for row in shown]), "csv", {}) + "\n")
     return merged
+
+
+def level(rows: Sequence[Row]) -> list[Row]:
+    """All rows with the same columns, in the order of their first use."""
+    columns = list(dict.fromkeys(key for row in rows for key in row))
+    return [{key: row.get(key, "") for key in columns} for row in rows]
+
+
+def _inside(rows: Sequence[Row], title: str, keys: Sequence[str]) -> list[Row]:
+    """What stands under `title`, behind the keys of its row."""
+    return level(
+        [
+            {key: row[key] for key in keys if key in row} | dict(inside)
+            for row in rows
+            if isinstance(inside := row.get(title), Mapping)
+        ]
+    )
+
+
+def _flat(row: Row) -> Row:
+    flat: dict[str, object] = {}
+    for key, value in row.items():
+        flat |= {f"{key}: {name}": v for name, v in value.items()} if isinstance(value, Mapping) else {key: value}
+    return flat
 
 
 def _origin(row: Row, notes: Mapping[str, object]) -> str:
