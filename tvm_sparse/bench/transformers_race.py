@@ -70,4 +70,6 @@ def references() -> list[Row]:
         {"model": "qwen3.5-27b", "weights": "fp8, MTP", "on": "B200", "ms/token": 3.09, "source": sglang},
         {"model": "qwen3.5-27b", "weights": "bf16", "on": "B200", "ms/token": 10.45,
          "source": "SGLang 0.5.15's published figures, without speculation"},
+        {"model": "qwen3.5-27b", "weights": "int4", "on": "H200, B200", "ms/token": "",
+         "source": "no published figure of this model is known"},
     ]  # fmt: skip
