@@ -62,6 +62,7 @@ def build(path: Path, specs: Sequence[KernelSpec], machine: Machine) -> None:
         if made.decode:
             functions[made.decode] = decoder(spec)
     mod = tvm.IRModule({name: function.with_attr("global_symbol", name) for name, function in functions.items()})
+    path.parent.mkdir(parents=True, exist_ok=True)
     build_cuda_library(write_products(mod, products), path, [machine])
     _facts(path).write_text(json.dumps({name: asdict(facts) for name, facts in built.items()}, indent=1))
 

@@ -29,7 +29,7 @@ from tvm_sparse.plan import decide, expected_stats
 from tvm_sparse.schedules.spec import KernelSpec
 
 DENSE = FORMATS["dense"].choice()
-_RIVALS_TOLERANCE = 2e-2  # torch's product of a CSR matrix with several bfloat16 columns is off by 1 %
+_RIVALS_TOLERANCE = 3e-2  # torch's product of a CSR matrix with several bfloat16 columns is off by 1 to 2.3 %
 
 
 def specs(options: Options) -> list[KernelSpec]:

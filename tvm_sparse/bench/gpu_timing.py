@@ -6,7 +6,6 @@ the kernel before it pays for the whole of itself.
 
 from __future__ import annotations
 
-import time
 from collections.abc import Callable, Iterable, Sequence
 from math import ceil
 from pathlib import Path
@@ -19,7 +18,7 @@ from tvm_sparse.targets import Machine
 
 CALLS = 64
 TOLERANCE = 4e-3  # relative, of a whole output: rounding it to bfloat16 leaves 1.7e-3
-_LONGEST = 1.5  # seconds of replays: slow products have fewer rounds, though never less than 3
+_LONGEST = 1.0  # seconds of replays: slow products have fewer rounds, though never less than 3
 
 
 class Kernels:
@@ -39,27 +38,27 @@ class Kernels:
     def replays(self, calls: Sequence[Callable[[], object]], rounds: int) -> tuple[float, ...]:
         """Seconds of one call, for each replay of a graph that makes every call as often, at least CALLS in all.
 
-        Every call runs once before, outside of the graph.
+        Every call runs once before, outside of the graph, and two replays warm up.
         """
-        calls = list(calls) * ceil(CALLS / len(calls))
-        began = time.perf_counter()
         for call in calls:
             call()
-        torch.cuda.synchronize()
-        rounds = max(min(rounds, 3), min(rounds, int(_LONGEST / (time.perf_counter() - began))))
         graph = torch.cuda.CUDAGraph()
         with self._stream(torch.cuda.graph(graph)):
-            for call in calls:
+            for call in list(calls) * ceil(CALLS / len(calls)):
                 call()
-        seconds = []
-        for _ in range(rounds + 2):
+        count = len(calls) * ceil(CALLS / len(calls))
+
+        def replay() -> float:
             start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             start.record()
             graph.replay()
             end.record()
             torch.cuda.synchronize()
-            seconds.append(start.elapsed_time(end) * 1e-3 / len(calls))
-        return tuple(seconds[2:])  # the first ones warm up
+            return start.elapsed_time(end) * 1e-3
+
+        longest = max(replay(), replay())
+        rounds = max(min(rounds, 3), min(rounds, int(_LONGEST / longest)))
+        return tuple(replay() / count for _ in range(rounds))
 
 
 def rotating(buffers: Iterable[torch.Tensor], machine: Machine) -> list[list[torch.Tensor]]:

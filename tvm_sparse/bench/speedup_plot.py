@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from math import exp, log
+from math import ceil, exp, log
 from statistics import fmean
 
 from tvm_sparse.bench.tables import Row
@@ -18,14 +18,14 @@ _STYLE = """<style>text { font: 11px sans-serif; fill: #475569 } .grid { stroke:
 
 def draw(rows: Sequence[Row]) -> str:
     """An SVG file's text: geometric means over the shapes, a dot for each shape."""
-    top = max(10.0, *(float(row["ratio"]) for row in rows)) * 1.05  # type: ignore[arg-type]
+    top = 5.0 * ceil(max(10.0, *(float(row["ratio"]) for row in rows)) / 5)  # type: ignore[arg-type]
     frame = Frame((0.0, 1.0), (0.0, top), width=560, height=360, right=96)
     ideal = [(s / 100, 1 / (1 - s / 100)) for s in range(91) if 1 / (1 - s / 100) <= top]
     marks = [line(frame, ideal, _GREY, "1 / (1 - sparsity)", dashed=True)]
     marks.append(line(frame, [(0, 1), (1, 1)], _GREY, "dense"))
     names = [(*frame.at(*ideal[-1]), "1 / (1 - s)", _GREY)]
     lines = {(row["batch"], row.get("threads", "")) for row in rows}
-    for colour, key in zip(_COLOURS * 9, sorted(lines, key=str), strict=False):
+    for colour, key in zip(_COLOURS * 9, sorted(lines, key=lambda key: (int(str(key[0])), str(key[1]))), strict=False):
         points: dict[float, list[float]] = {}
         for row in rows:
             if (row["batch"], row.get("threads", "")) == key:
@@ -37,7 +37,7 @@ def draw(rows: Sequence[Row]) -> str:
         names.append((*frame.at(*mean[-1]), name, colour))
     marks += _apart(names)
     labels = "share of zeros", "times the fastest dense"
-    text = plot(frame, marks, *labels, x_text="{:.0%}".format, y_text="{:.1f}".format)
+    text = plot(frame, marks, *labels, x_text="{:.0%}".format)
     head, _, rest = text.partition(">")
     size = f'xmlns="http://www.w3.org/2000/svg" width="{frame.width}" height="{frame.height}"'
     return f"{head.replace('<svg', f'<svg {size}', 1)}>{_STYLE}{rest}\n"
