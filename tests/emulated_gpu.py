@@ -48,6 +48,15 @@ static float __shfl_xor_sync(unsigned, float value, int lanes) {
 }
 static float __uint_as_float(unsigned u) { float f; memcpy(&f, &u, 4); return f; }
 static unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)((unsigned long long)a * b >> 32); }
+static unsigned __dp4a(unsigned a, unsigned b, unsigned c) {
+  for (int byte = 0; byte < 32; byte += 8) c += (a >> byte & 255) * (b >> byte & 255);
+  return c;
+}
+static unsigned __byte_perm(unsigned a, unsigned b, unsigned order) {
+  unsigned long long all = (unsigned long long)b << 32 | a, out = 0;
+  for (int byte = 0; byte < 4; ++byte) out |= (all >> 8 * (order >> 4 * byte & 7) & 255) << 8 * byte;
+  return (unsigned)out;
+}
 static uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 static float2 make_float2(float x, float y) { return {x, y}; }
 static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
@@ -73,8 +82,8 @@ static float tvms_get(int at) { return tvms_at<float>(at); }
 static float2 tvms_get2(int at) { return tvms_at<float2>(at); }
 static float4 tvms_get4(int at) { return tvms_at<float4>(at); }
 static void tvms_put(int at, float value) { tvms_at<float>(at) = value; }
-template <int tile> static void tvms_end(unsigned word, int first, int back, int* at, int* part, float* sum) {
-  if ((int)word >= (int)0x80010000) return;
+template <int tile> static void tvms_end(unsigned value, int first, int back, int* at, int* part, float* sum) {
+  if (value != 0x80000000u) return;
   for (int i = 0; i < tile; ++i) tvms_put(*part + 4 * i, sum[i]), sum[i] = 0;
   *part += 4 * tile;
   *at = first - back;

@@ -38,6 +38,11 @@ typedef unsigned int uint; typedef unsigned char uchar; typedef unsigned short u
 struct uint2 { unsigned x, y; }; struct uint4 { unsigned x, y, z, w; };
 struct float2 { float x, y; }; struct float4 { float x, y, z, w; };
 struct half { unsigned short bits; }; struct nv_bfloat16 { unsigned short bits; };
+static unsigned __byte_perm(unsigned a, unsigned b, unsigned order) {
+  unsigned long long all = (unsigned long long)b << 32 | a, out = 0;
+  for (int byte = 0; byte < 4; ++byte) out |= (all >> 8 * (order >> 4 * byte & 7) & 255) << 8 * byte;
+  return (unsigned)out;
+}
 static uint2 make_uint2(unsigned x, unsigned y) { return {x, y}; }
 static uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return {x, y, z, w}; }
 static float2 make_float2(float x, float y) { return {x, y}; }

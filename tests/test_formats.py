@@ -11,10 +11,13 @@ from hypothesis import strategies as st
 from tvm_sparse.errors import Refusal
 from tvm_sparse.formats import FORMATS, measure, pack, unpack
 from tvm_sparse.formats.delta_bins import deal
+from tvm_sparse.formats.delta_chunks import bits_of as word_bits
+from tvm_sparse.formats.delta_chunks import unfold, words_of
 
 DELTA = FORMATS["delta"]
 ANY = [FORMATS["dense"].choice(), FORMATS["bitmap"].choice(), FORMATS["block"].choice(rows=3, cols=5)]
 CUTS = ((3, 2, 1, 1, 8), (4, 132, 16, 8, 4), (4, 1, 1, 32, 4), (5, 5, 3, 2, 8), (6, 40, 2, 16, 4), (4, 64, 1, 1, 8))
+CUTS += ((4, 7, 2, 8, 9), (3, 3, 1, 16, 3))  # words of 14 bits
 ANY += [DELTA.choice(*cut) for cut in CUTS]
 TWO_FOUR = FORMATS["2:4"].choice()
 
@@ -86,17 +89,17 @@ def test_nan_and_infinity_are_refused(choice, value):
 def walk(packed, x: np.ndarray) -> np.ndarray:
     """y = W x the way a bin's lanes do it: chunk by chunk, parts added in order, no check of any column in a chunk.
 
-    Each class of x ends in PAST zeros: an IndexError would say that a lane runs too far.
+    Each class of x ends in the zeros of a chunk: an IndexError would say that a lane runs too far.
     """
     part = {name: t.view(torch.int16 if t.itemsize == 2 else t.dtype).numpy() for name, t in packed.buffers.items()}
     g, bins, warps, classes, unit = (value for _, value in packed.choice.options)
-    base, value_mask = int(part["scale"][0]), 0x80000000 | ((1 << 15 - g) - 1) << 16
+    base, value_mask = int(part["scale"][0]), 0x80000000 | ((1 << word_bits(unit) - 1 - g) - 1) << 16
     res_val = packed.buffers["res_val"].double().numpy()
-    words = part["words"].view(np.uint16).astype(np.uint32)
+    words = unfold(torch.from_numpy(part["words"]), g, words_of(unit)).numpy().view(np.uint16).astype(np.uint32)
     steps = words.shape[1]
     columns = np.pad(x, (0, -len(x) % classes)).reshape(-1, classes)
     width = len(columns)
-    columns = np.pad(columns, ((0, DELTA.PAST), (0, 0)))
+    columns = np.pad(columns, ((0, words_of(unit)), (0, 0)))
     y = np.full(packed.shape[0], np.nan)
     for bin in range(bins):
         parts, begins = [{} for _ in range(classes)], [{} for _ in range(classes)]
@@ -149,7 +152,8 @@ def test_no_lane_runs_further_than_the_zeros_after_x(gap_bits):
     weight[0] = 1.0
     weight[1:, -1] = torch.arange(1, 34).bfloat16()
     weight[5, ::9] = 3.0
-    for cut in ({"bins": 132, "warps": 2}, {"bins": 3, "warps": 1, "classes": 1, "unit": 8}):
+    cuts = [{"bins": 132, "warps": 2}, {"bins": 3, "warps": 1, "classes": 1, "unit": 8}]
+    for cut in cuts + [{"bins": 3, "warps": 2, "unit": 9}] * (gap_bits < 5):
         choice = DELTA.choice(gap_bits=gap_bits, **cut)
         check_walk(weight, choice)
         assert torch.equal(unpack(pack(weight, choice)), weight)

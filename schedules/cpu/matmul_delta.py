@@ -14,7 +14,6 @@ from tvm.script.ir_builder import IRBuilder
 from tvm.tirx.script import builder as T
 
 from tvm_sparse.errors import Refusal
-from tvm_sparse.formats.delta import Delta
 from tvm_sparse.formats.delta_bins import WARP, slots
 from tvm_sparse.formats.delta_words import END
 from tvm_sparse.formats.stats import CHUNK
@@ -41,7 +40,7 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tirx.PrimFunc:
     with IRBuilder() as builder, T.prim_func(s_tir=True):
         T.func_name("main")
         x, buffers, y = arguments(spec, m)
-        staged = stage(x, Delta.PAST)
+        staged = stage(x, CHUNK)
         source = library(isa, spec.choice.option("gap_bits"))
         with T.attr(T.int32(0), "pragma_import_llvm", source), T.parallel(0, bins) as bin:
             for width, first, count in token_tiles(m, decisions["tokens"]):

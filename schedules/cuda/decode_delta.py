@@ -11,6 +11,8 @@ import tvm
 from tvm.script import tirx as T
 
 from tvm_sparse.formats.delta_bins import slots
+from tvm_sparse.formats.delta_chunks import words_of
+from tvm_sparse.schedules.cuda.delta_code import words_code
 from tvm_sparse.schedules.cuda.device_code import WARP, symbol
 from tvm_sparse.schedules.cuda.token_tile import SHARED_LIMIT
 from tvm_sparse.schedules.spec import KernelSpec
@@ -23,22 +25,26 @@ def _source(spec: KernelSpec, rows_at_once: int) -> tuple[str, str]:
     segment, by rank and class; after it the rows of `rows_at_once` warps.
     """
     gap_bits, bins, warps, classes, unit = (value for _, value in spec.choice.options)
-    lanes, per, shift = WARP // classes, 8 // unit, 15 - gap_bits
+    chunk, lanes = words_of(unit), WARP // classes
+    per = chunk // unit
+    words_name, words_source = words_code(gap_bits, unit)
     room, k = slots(spec.n, bins), spec.k
     name = f"tvms_decode_{spec.n}_{k}_g{gap_bits}_w{warps}_r{classes}_u{unit}"
     looks = "".join(
-        f"      if (w.{'w' if half == per - 1 else 'y'} >> 16 == 0x8000)"
-        f" ends[rank++ * {classes} + lane % {classes}] = {per} * (first + i) + {half + 1};\n"
-        for half in range(per)
+        f"    if (value[{unit * nth - 1}] == 0x8000)"
+        f" ends[rank++ * {classes} + lane % {classes}] = {per} * (first + i) + {nth};\n"
+        for nth in range(1, per + 1)
     )
     source = f"""
+{words_source}
 __device__ __forceinline__ void {name}_ends(const uint4* words, int steps, int stream, int rank, int* ends) {{
   int warp = stream / 32, lane = stream % 32;
   int begin = steps * warp / {warps}, count = steps * (warp + 1) / {warps} - begin;
   int first = begin * {lanes} + lane / {classes} * count;
 #pragma unroll 8
   for (int i = 0; i < count; ++i) {{
-    uint4 w = words[(begin + i) * 32 + lane];
+    unsigned gap[{chunk}], value[{chunk}];
+    {words_name}(words[(begin + i) * 32 + lane], gap, value);
 {looks}  }}
 }}
 
@@ -63,13 +69,13 @@ __device__ __forceinline__ void {name}_expand(
       int rest = chunk - start * {lanes};
       w = words[(start + rest % count) * 32 + rest / count * {classes} + group];
     }}
-    unsigned pairs[4] = {{w.x, w.y, w.z, w.w}};
+    unsigned gap[{chunk}], value[{chunk}];
+    {words_name}(w, gap, value);
     int own = 0;
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {{
+    for (int j = 0; j < {chunk}; ++j) {{
       int at = {per} * chunk + j / {unit};
-      int gap = 1 + (pairs[j / 2] >> ({shift} + 16 * (j % 2)) & {(1 << gap_bits) - 1});
-      own += here && at >= begin && at < end ? gap : 0;
+      own += here && at >= begin && at < end ? gap[j] + 1 : 0;
     }}
     int upto = own;
 #pragma unroll
@@ -80,12 +86,11 @@ __device__ __forceinline__ void {name}_expand(
     int column = before + upto - own - 1;
     before += __shfl_sync(0xffffffffu, upto, {WARP - classes} + group);
 #pragma unroll
-    for (int j = 0; j < 8; ++j) {{
+    for (int j = 0; j < {chunk}; ++j) {{
       int at = {per} * chunk + j / {unit};
-      unsigned word = pairs[j / 2] >> 16 * (j % 2) & 0xffff, low = word & {(1 << shift) - 1};
       bool real = here && at >= begin && at < end;
-      column += real ? 1 + (word >> {shift} & {(1 << gap_bits) - 1}) : 0;
-      if (real && low) row[column * {classes} + group] = (word & 0x8000) | (low + (base << 7));
+      column += real ? 1 + gap[j] : 0;
+      if (real && (value[j] & 0x7fff)) row[column * {classes} + group] = value[j] + (base << 7);
     }}
   }}
 }}

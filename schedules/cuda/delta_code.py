@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from tvm_sparse.formats.delta_chunks import PLACE, SLOTS, bits_of, spare_bit, words_of
+
 LOAD = """
 __device__ __forceinline__ uint4 tvms_stream_load(const void* words, int step, int ahead) {
   // Read once, by this SM alone: first to leave L2, where x is to stay. Volatile and not .nc, which ptxas would let
@@ -128,56 +130,72 @@ __device__ __forceinline__ void tvms_put(int at, float value) {
 
 
 def end_code(tile: int) -> tuple[str, str]:
-    """Name and source of what follows a unit: where its last word is -0.0, the only one with a sign and nothing else,
-    the sums become part `part` (an address), and the next segment starts at `first`, `back` bytes before it.
+    """Name and source of what follows a unit: where the value of its last word is -0.0 the sums become part `part` (an
+    address), and the next segment starts at `first`, `back` bytes before it.
     """
     name = f"tvms_end_t{tile}"
     stores = "".join(f"@p st.shared.f32 [%1+{4 * i}], %{2 + i}; " for i in range(tile))
     clears = "".join(f"@p mov.f32 %{2 + i}, 0f00000000; " for i in range(tile))
     sums = ", ".join(f'"+f"(sum[{i}])' for i in range(tile))
     body = f"""
-__device__ __forceinline__ void {name}(unsigned word, int first, int back, int* at, int* part, float* sum) {{
+__device__ __forceinline__ void {name}(unsigned value, int first, int back, int* at, int* part, float* sum) {{
   asm volatile(
-      "{{.reg .pred p; setp.lt.s32 p, %{2 + tile}, 0x80010000; {stores}@p add.s32 %1, %1, {4 * tile}; {clears}"
+      "{{.reg .pred p; setp.eq.u32 p, %{2 + tile}, 0x80000000; {stores}@p add.s32 %1, %1, {4 * tile}; {clears}"
       "@p sub.s32 %0, %{3 + tile}, %{4 + tile};}}"
-      : "+r"(*at), "+r"(*part), {sums} : "r"(word), "r"(first), "r"(back));
+      : "+r"(*at), "+r"(*part), {sums} : "r"(value), "r"(first), "r"(back));
 }}
 """
     return name, body
 
 
 def chunk_code(gap_bits: int, tile: int, width: int, unit: int) -> tuple[str, str]:
-    """Name and source of the function that multiplies one lane's 8 words with `tile` tokens; a class column is `width`
+    """Name and source of the function that multiplies one lane's chunk with `tile` tokens; a class column is `width`
     numbers from the next.
 
     `at` is the address of the class column after the last word's, `past` bytes before it: within a group of chunks it
-    stays as it is, so that the j-th word adds its gap - 1 to it and reads at the constant offset past + j. The field is
-    masked in place; as the upper half of a product its shift and the addition are one instruction.
+    stays as it is, so that the j-th word adds its gap - 1 to it and reads at the constant offset past + j. Each gap
+    stands within a byte of its register: masked in place, both of a register at a time, a scalar product of bytes
+    shifts one and adds it.
     """
     step = 4 * width
-    log = step.bit_length() - 1
-    gap = (1 << gap_bits) - 1
-    value = 0x80000000 | (((1 << (31 - gap_bits)) - 1) & 0xFFFF0000)
+    value = 0x80000000 | (((1 << (bits_of(unit) + 15 - gap_bits)) - 1) & 0xFFFF0000)
     name = f"tvms_delta_g{gap_bits}_t{tile}_w{width}_u{unit}"
     vector = min(tile, 4)
     end, end_source = end_code(tile)
-    lines = []
-    for j in range(8):
-        word = f"w.{'xyzw'[j // 2]}"
-        low = j % 2 == 0
-        shift = (15 if low else 31) - gap_bits
-        offset = j * step
-        field = f"{word} & {gap << shift:#x}u"
-        scaled = f"__umulhi({field}, {1 << (32 - shift + log):#x}u)" if log < shift else f"({field}) << {log - shift}"
-        lines.append(f"  *at += {scaled};")
-        lines.append(f"  v = __uint_as_float({f'({word} << 16)' if low else word} & {value:#x}u);")
+    lines: list[str] = []
+    count = 0
+
+    def word(fields: str, byte: int, value_bits: str, field_shift: int) -> None:
+        """`fields`: the gap alone in its byte, `field_shift` bits up."""
+        nonlocal count
+        factor = step / (1 << field_shift)
+        shift = max(0, field_shift - step.bit_length() + 1)  # where columns are fewer bytes apart than the field counts
+        shifted = f"({fields} >> {shift})" if shift else fields
+        factor = step << shift >> field_shift
+        most = min(factor, 128)
+        added = f"__dp4a({shifted}, {most << 8 * byte:#x}u, {'(unsigned)*at' if most == factor else '0u'})"
+        lines.append(f"  *at = {added};" if most == factor else f"  *at += {added} * {factor // most};")
+        offset = count * step
+        lines.append(f"  v = {value_bits} & {value:#x}u;")
         for quad in range(-(-tile // 4)):
             lines.append(f"  a = tvms_get{vector if vector > 1 else ''}(*at + past + {offset + 16 * quad});")
             for i in range(vector):
-                factor = "a" if tile == 1 else f"a.{'xyzw'[i]}"
-                lines.append(f"  sum[{4 * quad + i}] = fmaf(v, {factor}, sum[{4 * quad + i}]);")
-        if j % unit == unit - 1:
-            lines.append(f"  {end}({word}, first, past + {offset + step}, at, part, sum);")
+                x = "a" if tile == 1 else f"a.{'xyzw'[i]}"
+                lines.append(f"  sum[{4 * quad + i}] = fmaf(__uint_as_float(v), {x}, sum[{4 * quad + i}]);")
+        count += 1
+        if count % unit == 0:
+            lines.append(f"  {end}(v, first, past + {offset + step}, at, part, sum);")
+
+    field = (1 << gap_bits) - 1
+    if words_of(unit) > SLOTS:
+        lines += spread_code(gap_bits)
+        lines.append(f"  m = spread & {field << 31 - gap_bits:#x}u;")
+        word("m", 3, "spread", 7 - gap_bits)
+    for register, name_of in enumerate("xyzw"):
+        low = gap_place(register, gap_bits, unit)
+        lines.append(f"  m = w.{name_of} & {0x01000100 * (field << low):#x}u;")
+        word("m", 1, f"(w.{name_of} << 16)", low)
+        word("m", 3, f"w.{name_of}", low)
     body = "\n".join(lines)
     kind = {1: "float", 2: "float2", 4: "float4"}[vector]
     source = f"""{SHARED}#ifndef {name.upper()}
@@ -185,13 +203,69 @@ def chunk_code(gap_bits: int, tile: int, width: int, unit: int) -> tuple[str, st
 #ifndef {end.upper()}
 #define {end.upper()}{end_source}#endif
 __device__ __forceinline__ void {name}(uint4 w, int past, int* at, int* part, float* sum, int first) {{
-  float v;
+  unsigned v, m;
   {kind} a;
 {body}
 }}
 #endif
 """
     return name, source
+
+
+def words_code(gap_bits: int, unit: int) -> tuple[str, str]:
+    """Name and source of the function that takes a chunk apart: gap - 1 of each word, and its sign, exponent code and
+    mantissa, the sign in bit 15.
+    """
+    name = f"tvms_words_g{gap_bits}_u{unit}"
+    value, field = 0x8000 | (1 << (bits_of(unit) - 1 - gap_bits)) - 1, (1 << gap_bits) - 1
+    lines: list[str] = []
+    words = []
+    if words_of(unit) > SLOTS:
+        lines += spread_code(gap_bits)
+        words.append(("spread", 16, 31 - gap_bits))
+    for register, of in enumerate("xyzw"):
+        low = gap_place(register, gap_bits, unit)
+        words += [(f"w.{of}", 0, 8 + low), (f"w.{of}", 16, 24 + low)]
+    for j, (register, half, at) in enumerate(words):
+        lines.append(f"  gap[{j}] = {register} >> {at} & {field};")
+        lines.append(f"  value[{j}] = {register} >> {half} & {value:#x};")
+    body = "\n".join(lines)
+    source = f"""#ifndef {name.upper()}
+#define {name.upper()}
+__device__ __forceinline__ void {name}(uint4 w, unsigned* gap, unsigned* value) {{
+{body}
+}}
+#endif
+"""
+    return name, source
+
+
+def gap_place(register: int, gap_bits: int, unit: int) -> int:
+    """Where in its byte, the upper one of its slot, a gap begins."""
+    return 7 - gap_bits - (2 if words_of(unit) > SLOTS and spare_bit(register, gap_bits) == 5 else 0)
+
+
+def spread_code(gap_bits: int) -> list[str]:
+    """The first of 9 words, whose bits stand two by two in the slots of the others, as the upper half of `spread`."""
+    shifts: dict[int, str] = {}
+    taken: dict[int, int] = {}
+    for register, name in enumerate("xyzw"):
+        spare = spare_bit(register, gap_bits)
+        shift = PLACE[register] - spare
+        mask = 0x03000300 << spare
+        if shift in shifts:
+            shifts[shift] = f"({shifts[shift]} & {~mask & 0xFFFFFFFF:#x}u | w.{name} & {mask:#x}u)"
+        else:
+            shifts[shift] = f"w.{name}"
+        taken[shift] = taken.get(shift, 0) | 0x03000300 << PLACE[register]
+    lines = ["  unsigned spread;"]
+    for shift, bits in shifts.items():
+        moved = f"({bits} << {shift})" if shift > 0 else f"({bits} >> {-shift})" if shift else bits
+        if len(lines) == 1:
+            lines.append(f"  spread = {moved};")
+        else:
+            lines.append(f"  spread = spread & {~taken[shift] & 0xFFFFFFFF:#x}u | {moved} & {taken[shift]:#x}u;")
+    return [*lines, "  spread = __byte_perm(spread, 0, 0x3100);"]
 
 
 CLASS_SUM = """

@@ -1,8 +1,8 @@
 """y = x W^T with W as a delta stream: the kernel of batch 1 on a GPU.
 
-A CTA owns a bin, all CTAs are there at once, every lane walks one stream of the bin. The first chunks are on their way
-before x is staged, and all that the weights alone decide is done: the kernel starts while the one before still runs,
-so two CTAs must fit an SM, in registers and in shared memory.
+A CTA owns a bin and an SM, every lane walks one stream of the bin. The first chunks are on their way before x is
+staged, and all that the weights alone decide is done: the kernel starts while the one before still runs, on the SMs
+that are through with it.
 
 x stands in shared memory as float32 times 2^96, column by column, a column `copies` times, the tokens of a tile side by
 side: classes * copies * tile words are 32 where there is room, so a lane finds its class and its copy of it always on
@@ -19,8 +19,8 @@ from collections.abc import Mapping
 import tvm
 from tvm.script import tirx as T
 
-from tvm_sparse.formats.delta import Delta
 from tvm_sparse.formats.delta_bins import slots
+from tvm_sparse.formats.delta_chunks import words_of
 from tvm_sparse.schedules.cuda.delta_code import (
     CLASS_SUM,
     EARLY,
@@ -39,14 +39,12 @@ from tvm_sparse.schedules.cuda.token_tile import SHARED_LIMIT, tile_decision, to
 from tvm_sparse.schedules.spec import KernelSpec
 from tvm_sparse.schedules.table import Decision
 
-MIN_BLOCKS = "tirx.launch_bounds_min_blocks_per_sm"
-
 
 def space(spec: KernelSpec) -> tuple[Decision, ...]:
     """`tile` tokens a CTA, `depth` chunks in flight a lane, `overlap` with the kernel before."""
     return (
         tile_decision(spec, _columns(spec) + _parts(spec)),
-        Decision("depth", _DEPTHS, 4),
+        Decision("depth", _DEPTHS, 6),
         Decision("overlap", (0, 1), 1),
     )
 
@@ -57,7 +55,7 @@ _DEPTHS = (2, 3, 4, 5, 6, 8)
 def _columns(spec: KernelSpec, depth: int = max(_DEPTHS)) -> int:
     """Columns of x with the zeros after it: `depth` chunks pass between two looks at a lane that only has padding."""
     classes = spec.choice.option("classes")
-    return classes * (-(-spec.k // classes) + depth * Delta.PAST)
+    return classes * (-(-spec.k // classes) + depth * words_of(spec.choice.option("unit")))
 
 
 def _parts(spec: KernelSpec) -> int:
@@ -82,8 +80,6 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
     copies = _copies(spec, tile)
     width = tile * copies  # numbers a column takes
     room, threads = slots(n, bins), warps * WARP
-    # Registers for two CTAs of an SM, this kernel's and the next one's beginning; with more tokens x leaves no room.
-    resident = 2 if overlap and tile == 1 else 1
     streams = threads // classes
     span = streams + room  # parts of a class
     padded = _columns(spec, depth)
@@ -96,7 +92,8 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
     helpers = 1  # lanes that add up a row
     while 2 * helpers <= classes and 2 * helpers * room <= threads:
         helpers *= 2
-    group_step, end = 32 * classes * width, -(-k // classes) * classes * width * 4  # bytes of 8 class columns, of all
+    step_bytes = 4 * classes * width  # from a class column to the next
+    group_step, end = words_of(unit) * step_bytes, -(-k // classes) * step_bytes
     steps, extra = symbol("steps"), symbol("nr")
     chunk_name, chunk_source = chunk_code(gap_bits, tile, classes * width, unit)
     row_name, row_source = row_code(classes, classes // helpers, tile)
@@ -168,7 +165,6 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
         bin = T.launch_thread("blockIdx.x", bins)
         tiles = T.launch_thread("blockIdx.y", T.ceildiv(m, tile))
         thread = T.launch_thread("threadIdx.x", threads)
-        T.attr(T.int32(0), MIN_BLOCKS, resident)
         lane: T.let[T.int32] = thread % WARP
         warp: T.let[T.int32] = thread // WARP
         group: T.let[T.int32] = thread % classes

@@ -1,4 +1,4 @@
-"""The delta stream: one 16-bit word per non-zero, index included. The format for batch 1 on a GPU.
+"""The delta stream: one word of 16 or 14 bits per non-zero, index included. The format for batch 1 on a GPU.
 
 How a word becomes a product, how the words are cut for the lanes of a machine, and what the residual holds, stands at
 `Delta`. Packing takes two passes over row blocks: the first counts each row's words, which deals the rows to bins; the
@@ -18,20 +18,29 @@ from tvm_sparse.formats.base import Buffer, FormatChoice, Packed, Shape
 from tvm_sparse.formats.bits import as_bits
 from tvm_sparse.formats.blocks import over_blocks
 from tvm_sparse.formats.delta_bins import WARP, Bins, deal, slots, stream_begin, unweave, weave
+from tvm_sparse.formats.delta_chunks import SLOTS, bits_of, fold, unfold, words_of
 from tvm_sparse.formats.delta_words import END, Code, Survey, best_code, columns_before, survey, write_rows
 from tvm_sparse.formats.stats import CHUNK, GAP_BITS, Stats
 from tvm_sparse.targets import Machine
 
+_GAPS = {4: GAP_BITS, 8: GAP_BITS, 3: (3, 4), 9: (3, 4)}
+"""By unit, how many bits a gap may have."""
+_RESIDUAL = 2e-4
+"""Share of the values that may be outside the window of words of 14 bits: a kernel adds them one after the other."""
 _FIELD = 1 << 16  # a column, a row's rank in its bin, and a part's number fit 16 bits
 
 
 class Delta:
-    """Options `gap_bits` g (3 to 6), `bins` B, `warps` W of a bin, `classes` R of columns, `unit` U (4 or 8 words).
+    """Options `gap_bits` g (3 to 6), `bins` B, `warps` W of a bin, `classes` R of columns, `unit` U (words).
 
-    A word, here for g = 4:
+    A word of 16 bits (U of 4 or 8), here for g = 4:
 
         bit   15      14..11     10..7           6..0
               sign    gap - 1    exponent code   bf16 mantissa
+
+    A word of 14 bits (U of 3 or 9) has two exponent bits less, so for g = 4 only three exponents: enough for what is
+    left of trained weights once the smallest three quarters are zero. `delta_chunks` says how 9 of them fill 16 bytes;
+    everywhere else they are 16-bit words whose code is small.
 
     Placed into a float32, `(w << 16) & 0x87ff0000` (the gap's bits masked), the code is the exponent field itself:
     code c >= 1 means exponent field base + c; code 0 stands with mantissa 0 only and is exactly 0. So value =
@@ -46,13 +55,13 @@ class Delta:
     Rows are dealt to bins of nearly equal size: a bin is what one CTA does, and B the CTAs a GPU holds at once. `rank`
     is a row's place in its bin. The segments of a class stand one after the other, by rank, and are cut into one stream
     for each lane of the class: lane l of a warp is of class l mod R, so there are S = 32 W / R streams, and stream s is
-    lane s * R + class of the bin's 32 W. Warp w has steps [steps * w // W, steps * (w + 1) // W), a chunk of 8 words a
-    step for each lane. A stream begins and ends anywhere in a segment and may touch many; what a class's streams leave
-    unused at their end is padding. What stream s has of the segment of rank r is part s + r of the class: every number
-    of 0 .. S + rows is one part, those of a segment are neighbours, and adding them in order gives the same sum in
-    every run.
+    lane s * R + class of the bin's 32 W. Warp w has steps [steps * w // W, steps * (w + 1) // W), a chunk, 8 or
+    9 words, a step for each lane. A stream begins and ends anywhere in a segment and may touch many; what a class's
+    streams leave unused at their end is padding. What stream s has of the segment of rank r is part s + r of the class:
+    every number of 0 .. S + rows is one part, those of a segment are neighbours, and adding them in order gives the
+    same sum in every run.
 
-        words      uint16 [B, steps, 32, 8]    chunk i of lane l in warp w: [bin, steps * w // W + i, l]
+        words      uint16 [B, steps, 32, 8]    chunk i of lane l in warp w, 16 bytes: [bin, steps * w // W + i, l]
         lanes      uint32 [B, 32 W]            where a stream begins: rank << 16 | columns of the class already passed
         rows       int32  [B, 2, slots]        by rank: the original row, -1 for none; its first residual value.
                                                The last slot is free, so that the next one's first is a row's end
@@ -60,35 +69,35 @@ class Delta:
         res_col    int32  [nr]                 residual, by bin, rank, class, column
         res_val    bfloat16 [nr]               bf16 subnormals, and exponents outside the window
 
-    A stream that starts a chunk at most at the end of its class reads no column further than PAST beyond it; only the
-    padding at its end would go on, and a kernel holds it there. The residual keeps one triple of value 0 where a matrix
-    has none, so that no buffer is empty.
+    A stream that starts a chunk at most at the end of its class reads no column further than a chunk has words beyond
+    it; only the padding at its end would go on, and a kernel holds it there. The residual keeps one triple of value 0
+    where a matrix has none, so that no buffer is empty.
     """
 
     name = "delta"
-    PAST = CHUNK
-    """Zeros a kernel must be able to read after the last column of a class, if it starts no chunk further on."""
 
     def choice(
         self, gap_bits: int = 4, bins: int = 132, warps: int = 24, classes: int = 8, unit: int = 4
     ) -> FormatChoice:
         options = {"gap_bits": gap_bits, "bins": bins, "warps": warps, "classes": classes, "unit": unit}
-        known = gap_bits in GAP_BITS and bins >= 1 and 1 <= warps <= 32 and unit in (4, 8)
+        known = gap_bits in _GAPS.get(unit, ()) and bins >= 1 and 1 <= warps <= 32
         if not known or classes not in (1, 2, 4, 8, 16, 32):
             asked = ", ".join(f"{key}={value}" for key, value in options.items())
             limits = "gap_bits is 3 to 6, bins at least 1, warps 1 to 32, classes a power of two up to 32, unit 4 or 8"
-            raise Refusal(f"delta {asked}: {limits}")
+            raise Refusal(f"delta {asked}: {limits}, or 3 or 9 with gap_bits 3 or 4")
         return FormatChoice(self.name, tuple(options.items()))
 
     def choices(self, stats: Stats, machine: Machine) -> Sequence[FormatChoice]:
         """One split: the usual one, unless another saves 2 % or more: every split is one more kernel to tune."""
-        cut = {"bins": 64, "warps": 1, "classes": 1, "unit": 8}
+        cut, units = {"bins": 64, "warps": 1, "classes": 1}, [8]
         if machine.is_gpu:
-            cut = {"bins": machine.cores, "warps": 24, "classes": gpu_classes(stats.shape[1]), "unit": 4}
-        usual = self.choice(**cut)
+            cut, units = {"bins": machine.cores, "warps": 24, "classes": gpu_classes(stats.shape[1])}, [9, 4]
+        every = [self.choice(**cut, unit=unit, gap_bits=g) for unit in units for g in _GAPS[unit]]
+        held = [c for c in every if _outside(stats, c) <= _RESIDUAL * stats.nnz or c.option("unit") != 9]
+        usual = next(c for c in held if c.option("gap_bits") == 4)
         if not _fits(stats.shape, usual):
             return ()
-        best = min((self.choice(**{**cut, "gap_bits": g}) for g in GAP_BITS), key=lambda c: self.nbytes(stats, c))
+        best = min(held, key=lambda c: self.nbytes(stats, c))
         return (best if self.nbytes(stats, best) < 0.98 * self.nbytes(stats, usual) else usual,)
 
     def nbytes(self, stats: Stats, choice: FormatChoice) -> int:
@@ -97,19 +106,18 @@ class Delta:
         Random rows leave the fullest class of a bin about seven deviations of a segment above the average.
         """
         g, bins, warps, classes, unit = (value for _, value in choice.options)
-        n = stats.shape[0]
+        n, chunk = stats.shape[0], words_of(unit)
         segment = stats.words[g] / (n * classes) + (unit + 1) / 2  # which ends anywhere in its last unit
         fullest = n / bins * segment + 7 * sqrt(segment * (1 - stats.density))
-        steps = ceil(max(fullest * classes, CHUNK * stats.longest[g]) / (WARP * CHUNK))
-        streamed = bins * steps * 2 * WARP * CHUNK
-        residual = stats.nnz - best_code(stats.exponents, g)[1]
+        steps = ceil(max(fullest * classes, CHUNK * stats.longest[g]) / (WARP * chunk))
+        streamed = bins * steps * 2 * WARP * SLOTS
         tables = 4 * bins * WARP * warps + 8 * bins * slots(n, bins) + 4
-        return streamed + tables + 6 * max(1, residual)
+        return streamed + tables + 6 * max(1, _outside(stats, choice))
 
     def buffers(self, shape: Shape, choice: FormatChoice) -> tuple[Buffer, ...]:
         bins, warps = choice.option("bins"), choice.option("warps")
         return (
-            Buffer("words", (bins, "steps", WARP, CHUNK), "uint16"),
+            Buffer("words", (bins, "steps", WARP, SLOTS), "uint16"),
             Buffer("lanes", (bins, WARP * warps), "uint32"),
             Buffer("rows", (bins, 2, slots(shape[0], bins)), "int32"),
             Buffer("scale", (1,), "int32"),
@@ -123,15 +131,16 @@ class Delta:
         if not _fits((n, k), choice):
             raise Refusal(f"[{n}, {k}] in {choice}: more than {_FIELD - 1} columns, or rows of a bin: use more bins")
         g, bins, warps, classes, unit = (value for _, value in choice.options)
-        code, surveys = _surveyed(bits, g, classes)
+        chunk = words_of(unit)
+        code, surveys = _surveyed(bits, g, bits_of(unit), classes)
         units = torch.cat([part.words for part in surveys]).view(n, classes) // unit + 1
         dealt = deal(units, bins)
         lanes = WARP // classes
-        steps = -(-int(dealt.end[:, :, -1].max()) * unit // (CHUNK * lanes))
-        words = bits.new_zeros(bins, classes, steps * lanes, CHUNK)
+        steps = -(-int(dealt.end[:, :, -1].max()) * unit // (chunk * lanes))
+        words = bits.new_zeros(bins, classes, steps * lanes, chunk)
         out = words.view(-1)
         bin, rank = dealt.slot // dealt.row_of.shape[1], dealt.slot % dealt.row_of.shape[1]
-        stream = (bin[:, None] * classes + torch.arange(classes, device=device)) * (steps * lanes * CHUNK)
+        stream = (bin[:, None] * classes + torch.arange(classes, device=device)) * (steps * lanes * chunk)
         ends = stream + dealt.end[bin, :, rank] * unit
         starts = ends - units * unit
         out[ends.view(-1) - 1] = END
@@ -142,7 +151,7 @@ class Delta:
         over_blocks(write, n, k, device)
         begin = stream_begin(steps, warps, classes, device)
         rows = (dealt.row_of >= 0).sum(1).view(-1, 1, 1)
-        at = (begin * (CHUNK // unit)).expand(bins, classes, -1).contiguous()
+        at = (begin * (chunk // unit)).expand(bins, classes, -1).contiguous()
         rank = torch.searchsorted(dealt.end, at, right=True).minimum(rows)
         first = pad(dealt.end, (1, 0)).gather(2, rank)
 
@@ -153,7 +162,7 @@ class Delta:
         column = torch.cat(over_blocks(passed, bins, words[0].numel(), device)).clamp_(0, -(-k // classes))
         res_start, res_col, res_val = _residual(surveys, dealt, classes)
         buffers = {
-            "words": weave(words, warps).view(torch.uint16),
+            "words": weave(fold(words, g), warps).view(torch.uint16),
             "lanes": (rank << 16 | column).transpose(1, 2).reshape(bins, -1).to(torch.int32).view(torch.uint32),
             "rows": torch.stack([dealt.row_of, res_start], 1).to(torch.int32),
             "scale": torch.tensor([code.base], dtype=torch.int32, device=device),
@@ -166,8 +175,9 @@ class Delta:
         n, k = packed.shape
         g, bins, warps, classes, unit = (value for _, value in packed.choice.options)
         parts = packed.buffers
-        code = Code(g, int(parts["scale"]))
-        words = unweave(parts["words"].view(torch.int16), warps, classes).view(bins, classes, -1, unit)
+        code = Code(g, int(parts["scale"]), bits_of(unit))
+        slots = unweave(parts["words"].view(torch.int16), warps, classes)
+        words = unfold(slots, g, words_of(unit)).view(bins, classes, -1, unit)
         out = words.new_zeros(n, k)
         row_of, res_start = parts["rows"].long().unbind(1)
         width = -(-k // classes)
@@ -194,11 +204,15 @@ class Delta:
 
 
 def gpu_classes(columns: int) -> int:
-    """As few classes as let x stand in shared memory, 32 / classes times, twice an SM: with the next kernel's."""
+    """As few classes as let x stand 32 / classes times in 96 KB of shared memory: fewer pad less, but stage longer."""
     classes = 1
     while classes < WARP and 4 * columns * WARP // classes > 96 << 10:
         classes *= 2
     return classes
+
+
+def _outside(stats: Stats, choice: FormatChoice) -> int:
+    return stats.nnz - best_code(stats.exponents, choice.option("gap_bits"), bits_of(choice.option("unit")))[1]
 
 
 def _fits(shape: Shape, choice: FormatChoice) -> bool:
@@ -216,7 +230,7 @@ def _segments(bits: torch.Tensor, classes: int) -> torch.Tensor:
     return whole.view(n, -1, classes).transpose(1, 2).contiguous().view(n * classes, -1)
 
 
-def _surveyed(bits: torch.Tensor, gap_bits: int, classes: int) -> tuple[Code, list[Survey]]:
+def _surveyed(bits: torch.Tensor, gap_bits: int, width: int, classes: int) -> tuple[Code, list[Survey]]:
     """The window, and the survey of each row block under it: only rows with values outside it are read again."""
     n, k = bits.shape
 
@@ -224,7 +238,7 @@ def _surveyed(bits: torch.Tensor, gap_bits: int, classes: int) -> tuple[Code, li
         return a, survey(_segments(bits[a:b], classes), gap_bits)
 
     blind = over_blocks(first, n, k, bits.device)
-    code, _ = best_code(torch.stack([part.exponents for _, part in blind]).sum(0).tolist(), gap_bits)
+    code, _ = best_code(torch.stack([part.exponents for _, part in blind]).sum(0).tolist(), gap_bits, width)
     at = dict(blind)
     again = over_blocks(lambda a, b: at[a].under(code, lambda: _segments(bits[a:b], classes)), n, k, bits.device)
     return code, again

@@ -19,14 +19,15 @@ END = -0x8000  # -0.0: the last word of a segment
 
 @dataclass(frozen=True)
 class Code:
-    """How many bits the gap has, and which exponent fields the others reach: base + 1 to base + width."""
+    """How many bits a word and its gap have, and which exponent fields the others reach: base + 1 to base + width."""
 
     gap_bits: int
     base: int
+    bits: int = 16
 
     @property
     def width(self) -> int:
-        return code_width(self.gap_bits)
+        return code_width(self.gap_bits, self.bits)
 
     @property
     def gap_mask(self) -> int:
@@ -51,7 +52,7 @@ class Code:
 
     def values(self, words: torch.Tensor) -> torch.Tensor:
         """The way back; 0 for fillers and padding."""
-        low = words & ((1 << self.gap_shift) - 1)
+        low = words & ((1 << (self.bits - 1 - self.gap_bits)) - 1)
         return torch.where(low == 0, low, (words & SIGN) | (low + (self.base << 7)))
 
     def gaps(self, words: torch.Tensor) -> torch.Tensor:
@@ -59,17 +60,17 @@ class Code:
         return ((words >> self.gap_shift) & self.gap_mask) + 1
 
 
-def code_width(gap_bits: int) -> int:
-    return (1 << (8 - gap_bits)) - 1
+def code_width(gap_bits: int, bits: int) -> int:
+    return (1 << (bits - 8 - gap_bits)) - 1
 
 
-def best_code(exponents: Sequence[int], gap_bits: int) -> tuple[Code, int]:
+def best_code(exponents: Sequence[int], gap_bits: int, bits: int = 16) -> tuple[Code, int]:
     """The window over the exponent histogram that leaves least to the residual (lowest of equals), what it holds."""
-    width = code_width(gap_bits)
+    width = code_width(gap_bits, bits)
     below = [0, *accumulate(exponents)]
     bases = range(min(MAX_BASE, 254 - width) + 1)
     base = max(bases, key=lambda b: (below[b + width + 1] - below[b + 1], -b))
-    return Code(gap_bits, base), below[base + width + 1] - below[base + 1]
+    return Code(gap_bits, base, bits), below[base + width + 1] - below[base + 1]
 
 
 @dataclass(frozen=True)
@@ -145,12 +146,9 @@ def write_rows(out: torch.Tensor, bits: torch.Tensor, starts: torch.Tensor, code
 
 
 def columns_before(words: torch.Tensor, code: Code, unit: int) -> torch.Tensor:
-    """int16 [streams, words] -> int32 [streams, units + 1]: columns that a stream's words advance before each unit.
-
-    Four gaps at a time: the fields of a 64-bit word, added up in its highest one.
-    """
-    ones = 0x0001_0001_0001_0001
-    fields = (words.view(torch.int64) >> code.gap_shift) & (code.gap_mask * ones)
-    fields = fields.view(len(words), -1, unit // 4).sum(2)
-    advance = ((fields * ones) >> 48).to(torch.int32) + unit
+    """int16 [streams, words] -> int32 [streams, units + 1]: columns that a stream's words advance before each unit."""
+    gaps = code.gaps(words).view(len(words), -1, unit)
+    advance = gaps[:, :, 0].clone()
+    for i in range(1, unit):
+        advance += gaps[:, :, i]
     return pad(advance.cumsum(1, dtype=torch.int32), (1, 0))
