@@ -31,6 +31,7 @@ from tvm_sparse.models.config import REGISTERED, tensors
 from tvm_sparse.passes.fold_recurrent_layers import FoldRecurrentLayers
 from tvm_sparse.plan import Plan, declared
 from tvm_sparse.pruning import Pattern, select
+from tvm_sparse.pruning.pattern import parse_pattern
 from tvm_sparse.targets import parse_targets
 
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
@@ -334,6 +335,17 @@ def test_a_layer_of_the_27b_does_not_stay_in_the_cache_at_75_per_cent():
     facts = deltanet["machines"]["h200"]
     assert facts["found"] == facts["saved"] == 0 and facts["later"] < facts["first"] < 1e-4
     assert facts["part"] == pytest.approx(facts["holds"] / deltanet["bytes"]) and facts["from_sparsity"] > 0.9
+
+
+def test_times_of_layers_in_blocks_are_the_plan_s():
+    machines = parse_targets("cpu")
+    schedule = decide_fold(read("--fold", "8:24"), _27B, None, "cpu").schedule
+    plan = declared(_27B, make_layout(_27B, schedule), select(_27B), 0.75, parse_pattern("block:16x16", 0.75),
+                    machines, 1)  # fmt: skip
+    assert "block" in {entry.choice.name for entry in plan.values()}
+    wanted = sum(e.seconds["cpu"] for name, e in plan.items() if name.startswith("layers.8."))
+    deltanet, _ = residence(_27B.layer_types, schedule, plan, machines, 1)
+    assert deltanet["machines"]["cpu"]["first"] == pytest.approx(wanted, rel=1e-3)
 
 
 def test_a_layer_with_few_weights_stays_in_a_large_cache():

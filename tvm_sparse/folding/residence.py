@@ -14,6 +14,7 @@ from typing import Any
 
 from tvm_sparse.folding.ranges import KINDS
 from tvm_sparse.formats.speed import seconds
+from tvm_sparse.formats.stats import Stats
 from tvm_sparse.plan import Plan, PlanEntry, decide, expected_stats
 from tvm_sparse.targets import Machine
 
@@ -73,7 +74,16 @@ def _on(machine: Machine, entries: Sequence[PlanEntry], passing: Sequence[int], 
 
 
 def _seconds(entries: Sequence[PlanEntry], machine: Machine, batch: int) -> float:
-    return sum(seconds(expected_stats(e.shape, e.density), e.choice, machine, batch) for e in entries)
+    return sum(seconds(_stats(entry), entry.choice, machine, batch) for entry in entries)
+
+
+def _stats(entry: PlanEntry) -> Stats:
+    """The matrix with its zeros at random; one stored in blocks has as many as its bytes hold."""
+    stats = expected_stats(entry.shape, entry.density)
+    if entry.choice.name != "block":
+        return stats
+    rows, cols = entry.choice.option("rows"), entry.choice.option("cols")
+    return replace(stats, blocks={(rows, cols): entry.nbytes // (2 * rows * cols + 4)})
 
 
 def _fitting_sparsity(machine: Machine, entries: Sequence[PlanEntry], room: float, batch: int) -> float | None:
