@@ -47,6 +47,8 @@ def _choices() -> list[FormatChoice]:
         delta.choice(3, 7, 1, 1, 8),
         delta.choice(5, 264, 12, 16, 4),
         delta.choice(6, 3, 24, 32, 8),
+        delta.choice(4, 132, 24, 8, 9),
+        delta.choice(3, 5, 2, 32, 9),
     ]
 
 
@@ -60,6 +62,8 @@ def matmuls() -> list[Matmul]:
         found.append(Matmul(choice, n, k, m, *types[index % 3]))
     large = [FORMATS["delta"].choice(classes=32), FORMATS["bitmap"].choice(), FORMATS["dense"].choice()]
     found += [Matmul(c, 512, 17408, m, "bfloat16", "bfloat16") for c in large for m in (1, 8, None)]
+    usual = [FORMATS["delta"].choice(gap_bits, 132, 24, 8, unit) for gap_bits, unit in ((4, 9), (6, 4))]
+    found += [Matmul(c, 1555, 1544, m, "bfloat16", "bfloat16") for c in usual for m in (2, 4, 5, 8, 12, 16, 24)]
     tiles = FORMATS["tiles"].choice(4, 20, 8, 2, 5)
     found += [Matmul(tiles, 1555, 1544, m, "bfloat16", "bfloat16") for m in (*range(1, 17), 17, 40)]
     return found
