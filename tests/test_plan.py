@@ -40,6 +40,10 @@ def test_structure_gets_its_own_format_on_a_cpu_and_the_faster_delta_on_a_gpu(pa
     assert name(density, GPU, pattern=pattern) == "delta"
 
 
+def test_a_matrix_without_zeros_has_no_structure_to_keep():
+    assert decide("w", measure(torch.ones(64, 96).bfloat16()), CPU, 1).choice.name == "dense"
+
+
 def test_more_gap_bits_for_more_zeros():
     choices = [decide("w", expected_stats(WIDE, d), GPU, 1).choice for d in (0.5, 0.25, 0.1)]
     splits = [choice.option("gap_bits") for choice in choices]

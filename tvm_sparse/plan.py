@@ -91,7 +91,8 @@ def decide(
     Every machine weighs the same: what counts is time against dense. A format that is cut for a machine is cut for the
     first. Two thumbs lie on the scale. Dense stays where nothing saves 5 %: it serves prefill and every batch as it is.
     A matrix with structure (2:4, blocks) keeps its own format where that loses less than 15 %: only there can the
-    tensor cores use it. `formats` narrows the choice; where none of them fits the matrix stays dense.
+    tensor cores use it. A format no smaller than dense has found none. `formats` narrows the choice; where none of them
+    fits the matrix stays dense.
     """
     dense = FORMATS["dense"].choice()
     made = [choice for name in FORMATS if name in formats for choice in FORMATS[name].choices(stats, machines[0])]
@@ -99,7 +100,13 @@ def decide(
     times = {choice: {m.name: seconds(stats, choice, m, batch) for m in machines} for choice in {*candidates, dense}}
     ratio = {c: sum(times[c][m] / times[dense][m] for m in times[dense]) / len(machines) for c in candidates}
     size = {choice: FORMATS[choice.name].nbytes(stats, choice) for choice in candidates}
-    ranked = sorted(candidates, key=lambda choice: (ratio[choice] * HANDICAP.get(choice.name, 1.0), size[choice]))
+    unstructured = FORMATS["dense"].nbytes(stats, dense)
+
+    def rank(choice: FormatChoice) -> tuple[float, int]:
+        thumb = HANDICAP.get(choice.name, 1.0)
+        return ratio[choice] * (thumb if choice == dense or size[choice] < unstructured else 1.0), size[choice]
+
+    ranked = sorted(candidates, key=rank)
     best = ranked[0]
     return PlanEntry(
         param=param,
