@@ -5,10 +5,12 @@ import gc
 import numpy as np
 import pytest
 
+from tvm_sparse.codegen.workspace import _kept
 from tvm_sparse.engine.mapped import Foreign
 from tvm_sparse.engine.memory import MemoryPlan, plan_memory
 from tvm_sparse.engine.runtime import Device, load_tvm_ffi
 from tvm_sparse.errors import Refusal
+from tvm_sparse.schedules.ops import ModelOps
 
 FACTS = {
     "device": "cuda",
@@ -64,3 +66,10 @@ def test_too_little_memory_is_refused_with_the_sum_and_the_way_on():
     with pytest.raises(Refusal, match="no context fits"):
         plan.require(10**9, "cuda:0", "OUT")
     plan.require(20 * 10**9, "cuda:0", "OUT")
+
+
+def test_what_an_operation_keeps_between_its_kernels_is_counted():
+    """K, Q, their products and gates of the delta rule: 27 KB a token of the 27B."""
+    kept = _kept(ModelOps("cuda").gated_delta(None, 1, 16, 48, 128, 128, "bfloat16"), tokens=2048)
+    square, tile = 64 * 64, 64 * 128
+    assert kept == 32 * (2 * (2 * 16 * tile + 48 * square + 48 * tile) + 4 * 48 * 2 * 64)

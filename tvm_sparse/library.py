@@ -68,7 +68,7 @@ def compile_library(
     params = _params(mod)
     schedules = schedule_origins(mod, records)
     mod = tvm.transform.Sequential([BundleParameters()])(mod)
-    meter = WorkspaceMeter()
+    meter = WorkspaceMeter(CHUNKS[device].prefill)
     images: dict[str, list[str]] = {}
     if device == "cpu":
         build_cpu_library(mod, path, instruments=[meter])
