@@ -47,24 +47,54 @@ __device__ __forceinline__ unsigned tvms_transpose(unsigned v) {
   return r;
 }
 
+// A warp's row of D numbers stands in its lanes as D / 32 registers: dimension lane + 32 e in register e.
+template <int D>
+__device__ __forceinline__ void tvms_row(const nv_bfloat16* from, float* x) {
+#pragma unroll
+  for (int e = 0; e < D / 32; ++e) {
+    unsigned short bits;
+    asm volatile("ld.global.u16 %0, [%1];" : "=h"(bits) : "l"(from + 32 * e));
+    x[e] = __uint_as_float((unsigned)bits << 16);
+  }
+}
+
+// Code is fetched anew in every layer, so little of it stands on the way of a short context: all eight warps norm one
+// row each, four walk the cache, and each adds up one query head at the end.
 template <int D, int G, int ROTARY, class Inverse>
 __device__ __forceinline__ void tvms_attention_part(
     const nv_bfloat16* qkv, const float* q_norm, const float* k_norm, const int* position, nv_bfloat16* keys,
     nv_bfloat16* values, float* sums, float* marks, int key_head, int kv_heads, int share, int most, int context,
     float eps) {
-  constexpr int WARPS = 4, E = D / 32, HALF = ROTARY / 2, ROW = D + 32;
-  __shared__ __align__(16) nv_bfloat16 query[2][8][ROW];
+  constexpr int WARPS = 8, READERS = 4, E = D / 32, HALF = ROTARY / 2, ROW = D + 32;
+  constexpr bool INSIDE = HALF % 32 == 0;  // both numbers that a rotation mixes are one lane's
+  constexpr int TURNS = INSIDE ? HALF / 32 : 1;
+  __shared__ __align__(16) nv_bfloat16 query[2][8][ROW];  // rows from G on make columns that nobody reads
   __shared__ float fresh[2][D];
-  __shared__ __align__(16) float parts[WARPS][8][D + 4];
-  __shared__ float mark[WARPS + 1][8][2];
-  __shared__ float turns[HALF][2];
+  __shared__ __align__(16) float parts[READERS][8][D + 4];
+  __shared__ float mark[READERS][8][2];
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, t = lane & 3;
   const int held = min(tvms_held(position), context - 1);
   const int shares = tvms_shares(held, most);
-  if (share >= shares) return;
-  const int tiles = (held + 15) / 16, end = tiles * (share + 1) / shares;
-  int tile = tiles * share / shares + warp;
+  if (share && share >= shares) return;
+  float norm[E];
+  auto load_norm = [&](int job) {
+    const float* from = (job < G ? q_norm : k_norm) + lane;
+#pragma unroll
+    for (int e = 0; e < E; ++e) norm[e] = from[32 * e];
+  };
+  load_norm(warp);
 
+  asm volatile("griddepcontrol.wait;" ::: "memory");
+  const int jobs = share ? G : G + 2;  // query heads, then the token's key and value
+  float x[E], own[E];
+  auto load_row = [&](int job) {
+    const int row = job < G ? (key_head * G + job) * 2 : 2 * G * kv_heads + (job - G) * kv_heads + key_head;
+    tvms_row<D>(qkv + row * D + lane, x);
+  };
+  if (warp < jobs) load_row(warp);
+
+  const int tiles = (held + 15) / 16, begin = tiles * share / shares, end = tiles * (share + 1) / shares;
+  int tile = warp < READERS ? begin + warp : end;
   uint4 k[D / 32][2], v[D / 64][4];
   auto load_keys = [&](int at) {
 #pragma unroll
@@ -81,182 +111,159 @@ __device__ __forceinline__ void tvms_attention_part(
         v[j][row] = tvms_cache_load(
             values + (long long)min(at * 16 + 2 * t + (row & 1) + 4 * (row & 2), held - 1) * D + 64 * j + 8 * g);
   };
-  if (tile < end) {  // all rows but the token's own stem from earlier steps
+  if (tile < end) {
     load_keys(tile);
     load_values(tile);
   }
-  float norm[2][E];
+  float cosine[TURNS], sine[TURNS];
 #pragma unroll
-  for (int e = 0; e < E; ++e) {
-    norm[0][e] = q_norm[lane * E + e];
-    norm[1][e] = k_norm[lane * E + e];
-  }
-#pragma unroll 1
-  for (int i = threadIdx.x; i < HALF; i += 32 * WARPS) {
-    const float angle = (float)held * Inverse::at(i);
-    sincosf(angle, &turns[i][1], &turns[i][0]);
-  }
-#pragma unroll 1
-  for (int i = threadIdx.x; i < 2 * (8 - G) * D; i += 32 * WARPS)
-    query[i / ((8 - G) * D)][G + i / D % (8 - G)][i % D] = nv_bfloat16(0.f);
-  if (threadIdx.x < 8) {
-    mark[WARPS][threadIdx.x][0] = -INFINITY;
-    mark[WARPS][threadIdx.x][1] = 0.f;
-  }
-  __syncthreads();
+  for (int i = 0; i < TURNS; ++i)
+    sincosf((float)held * Inverse::at(INSIDE ? lane + 32 * i : lane % HALF), &sine[i], &cosine[i]);
 
-  asm volatile("griddepcontrol.wait;" ::: "memory");
-  constexpr int JOBS = (G + 1 + WARPS) / WARPS;  // a warp's: query heads, then the token's key and value
-  float x[JOBS][E];
+#pragma unroll 1
+  for (int job = warp; job < jobs; job += WARPS) {
+    if (job >= WARPS) {
+      load_norm(job);
+      load_row(job);
+    }
+    if (job <= G) {
+      float squares = 0.f;
 #pragma unroll
-  for (int i = 0; i < JOBS; ++i) {
-    const int job = i * WARPS + warp;
-    const nv_bfloat16* from = job < G ? qkv + (key_head * G + job) * 2 * D
-                                      : qkv + (2 * G * kv_heads + (job - G) * kv_heads + key_head) * D;
-    if (job < (share ? G : G + 2))
+      for (int e = 0; e < E; ++e) squares += x[e] * x[e];
+      const float scale = rsqrtf(tvms_sum_lanes(squares) / D + eps);
 #pragma unroll
-      for (int e = 0; e < E; e += 2) {
-        unsigned both;
-        asm volatile("ld.global.u32 %0, [%1];" : "=r"(both) : "l"(from + lane * E + e));
-        x[i][e] = __uint_as_float(both << 16);
-        x[i][e + 1] = __uint_as_float(both & 0xffff0000u);
-      }
-  }
+      for (int e = 0; e < E; ++e) x[e] *= scale * norm[e];
+      if constexpr (INSIDE) {
 #pragma unroll
-  for (int i = 0; i < JOBS; ++i) {
-    const int job = i * WARPS + warp;
-    if (job >= (share ? G : G + 2)) continue;
-    float squares = 0.f;
-#pragma unroll
-    for (int e = 0; e < E; ++e) squares += x[i][e] * x[i][e];
-    const float scale = rsqrtf(tvms_sum_lanes(squares) / D + eps);
-#pragma unroll
-    for (int e = 0; e < E; ++e) {
-      float y = x[i][e];
-      if (job <= G) {
-        y *= scale * (job < G ? norm[0][e] : norm[1][e]);
-        const float other = __shfl_sync(0xffffffffu, y, lane * E < HALF ? lane + HALF / E : lane - HALF / E);
-        const int dim = lane * E + e;
-        if (dim < ROTARY) y = y * turns[dim % HALF][0] + (dim < HALF ? -other : other) * turns[dim % HALF][1];
-      }
-      if (job < G) {
-        y *= (float)(1.4426950408889634 / D * __fsqrt_rn((float)D));
-        const nv_bfloat16 high = nv_bfloat16(y);
-        query[0][job][lane * E + e] = high;
-        query[1][job][lane * E + e] = nv_bfloat16(y - (float)high);
+        for (int i = 0; i < TURNS; ++i) {
+          const float first = x[i], second = x[i + TURNS];
+          x[i] = first * cosine[i] - second * sine[i];
+          x[i + TURNS] = second * cosine[i] + first * sine[i];
+        }
       } else {
-        const nv_bfloat16 kept = nv_bfloat16(y);
-        fresh[job - G][lane * E + e] = (float)kept;
-        (job == G ? keys : values)[(long long)held * D + lane * E + e] = kept;
+        const float other = __shfl_sync(0xffffffffu, x[0], (lane < HALF ? lane + HALF : lane - HALF) & 31);
+        if (lane < ROTARY) x[0] = x[0] * cosine[0] + (lane < HALF ? -other : other) * sine[0];
+      }
+    }
+    if (job < G) {
+#pragma unroll
+      for (int e = 0; e < E; ++e) {
+        own[e] = x[e] * (float)(1.4426950408889634 / D * __fsqrt_rn((float)D));
+        const nv_bfloat16 high = nv_bfloat16(own[e]);
+        query[0][job][lane + 32 * e] = high;
+        query[1][job][lane + 32 * e] = nv_bfloat16(own[e] - (float)high);
+      }
+    } else {
+      nv_bfloat16* to = (job == G ? keys : values) + (long long)held * D + lane;
+#pragma unroll
+      for (int e = 0; e < E; ++e) {
+        const nv_bfloat16 kept = nv_bfloat16(x[e]);
+        fresh[job - G][lane + 32 * e] = (float)kept;
+        to[32 * e] = kept;
       }
     }
   }
   __syncthreads();
+  float dot = -INFINITY;  // of the warp's query and the token's own key
+  if (share == 0 && warp < G) {
+    dot = 0.f;
+#pragma unroll
+    for (int e = 0; e < E; ++e) dot += own[e] * fresh[0][lane + 32 * e];
+    dot = tvms_sum_lanes(dot);
+  }
 
-  float out[D / 16][4] = {}, most_seen[2] = {-INFINITY, -INFINITY}, total[2] = {};
+  if (tile < end) {
+    float out[D / 16][4] = {}, most_seen[2] = {-INFINITY, -INFINITY}, total[2] = {};
 #pragma unroll 1
-  for (; tile < end; tile += WARPS) {
-    float score[4][4] = {};
+    for (; tile < end; tile += READERS) {
+      float score[4][4] = {};
 #pragma unroll
-    for (int j = 0; j < D / 32; ++j) {
-      const uint4 high = *(const uint4*)&query[0][g][32 * j + 8 * t], low = *(const uint4*)&query[1][g][32 * j + 8 * t];
-      const unsigned first[4] = {k[j][0].x, k[j][1].x, k[j][0].y, k[j][1].y};
-      const unsigned second[4] = {k[j][0].z, k[j][1].z, k[j][0].w, k[j][1].w};
-      tvms_mma(score[0], first, high.x, high.y);
-      tvms_mma(score[1], first, low.x, low.y);
-      tvms_mma(score[2], second, high.z, high.w);
-      tvms_mma(score[3], second, low.z, low.w);
-    }
-    if (tile + WARPS < end) load_keys(tile + WARPS);
-    float p[4], shrink[2];
+      for (int j = 0; j < D / 32; ++j) {
+        const uint4 high = *(const uint4*)&query[0][g][32 * j + 8 * t];
+        const uint4 low = *(const uint4*)&query[1][g][32 * j + 8 * t];
+        const unsigned first[4] = {k[j][0].x, k[j][1].x, k[j][0].y, k[j][1].y};
+        const unsigned second[4] = {k[j][0].z, k[j][1].z, k[j][0].w, k[j][1].w};
+        tvms_mma(score[0], first, high.x, high.y);
+        tvms_mma(score[1], first, low.x, low.y);
+        tvms_mma(score[2], second, high.z, high.w);
+        tvms_mma(score[3], second, low.z, low.w);
+      }
+      if (tile + READERS < end) load_keys(tile + READERS);
+      float p[4], shrink[2];
 #pragma unroll
-    for (int i = 0; i < 4; ++i) {
-      p[i] = (score[0][i] + score[2][i]) + (score[1][i] + score[3][i]);
-      if (tile * 16 + g + 4 * (i & 2) >= held) p[i] = -INFINITY;
+      for (int i = 0; i < 4; ++i) {
+        p[i] = (score[0][i] + score[2][i]) + (score[1][i] + score[3][i]);
+        if (tile * 16 + g + 4 * (i & 2) >= held) p[i] = -INFINITY;
+      }
+#pragma unroll
+      for (int i = 0; i < 2; ++i) {
+        float largest = fmaxf(p[i], p[i + 2]);
+        for (int step = 4; step < 32; step <<= 1)
+          largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
+        largest = fmaxf(largest, most_seen[i]);
+        shrink[i] = exp2f(most_seen[i] - largest);
+        most_seen[i] = largest;
+        p[i] = exp2f(p[i] - largest);
+        p[i + 2] = exp2f(p[i + 2] - largest);
+        total[i] = total[i] * shrink[i] + (p[i] + p[i + 2]);
+      }
+      unsigned b[2][2];
+      b[0][0] = tvms_transpose(tvms_pack(p[0], p[1], &b[1][0]));
+      b[0][1] = tvms_transpose(tvms_pack(p[2], p[3], &b[1][1]));
+      b[1][0] = tvms_transpose(b[1][0]);
+      b[1][1] = tvms_transpose(b[1][1]);
+#pragma unroll
+      for (int j = 0; j < D / 64; ++j)
+#pragma unroll
+        for (int m = 0; m < 4; ++m) {
+          const unsigned row[4] = {(&v[j][0].x)[m], (&v[j][1].x)[m], (&v[j][2].x)[m], (&v[j][3].x)[m]};
+          const unsigned a[4] = {__byte_perm(row[0], row[1], 0x5410), __byte_perm(row[0], row[1], 0x7632),
+                                 __byte_perm(row[2], row[3], 0x5410), __byte_perm(row[2], row[3], 0x7632)};
+          float* c = out[4 * j + m];
+#pragma unroll
+          for (int i = 0; i < 4; ++i) c[i] *= shrink[i & 1];
+          tvms_mma(c, a, b[0][0], b[0][1]);
+          tvms_mma(c, a, b[1][0], b[1][1]);
+        }
+      if (tile + READERS < end) load_values(tile + READERS);
     }
 #pragma unroll
     for (int i = 0; i < 2; ++i) {
-      float largest = fmaxf(p[i], p[i + 2]);
-      for (int step = 4; step < 32; step <<= 1)
-        largest = fmaxf(largest, __shfl_xor_sync(0xffffffffu, largest, step));
-      largest = fmaxf(largest, most_seen[i]);
-      shrink[i] = exp2f(most_seen[i] - largest);
-      most_seen[i] = largest;
-      p[i] = exp2f(p[i] - largest);
-      p[i + 2] = exp2f(p[i + 2] - largest);
-      total[i] = total[i] * shrink[i] + (p[i] + p[i + 2]);
-    }
-    unsigned b[2][2];
-    b[0][0] = tvms_transpose(tvms_pack(p[0], p[1], &b[1][0]));
-    b[0][1] = tvms_transpose(tvms_pack(p[2], p[3], &b[1][1]));
-    b[1][0] = tvms_transpose(b[1][0]);
-    b[1][1] = tvms_transpose(b[1][1]);
-#pragma unroll
-    for (int j = 0; j < D / 64; ++j)
-#pragma unroll
-      for (int m = 0; m < 4; ++m) {
-        const unsigned row[4] = {(&v[j][0].x)[m], (&v[j][1].x)[m], (&v[j][2].x)[m], (&v[j][3].x)[m]};
-        const unsigned a[4] = {__byte_perm(row[0], row[1], 0x5410), __byte_perm(row[0], row[1], 0x7632),
-                               __byte_perm(row[2], row[3], 0x5410), __byte_perm(row[2], row[3], 0x7632)};
-        float* c = out[4 * j + m];
-#pragma unroll
-        for (int i = 0; i < 4; ++i) c[i] *= shrink[i & 1];
-        tvms_mma(c, a, b[0][0], b[0][1]);
-        tvms_mma(c, a, b[1][0], b[1][1]);
+      for (int step = 4; step < 32; step <<= 1) total[i] += __shfl_xor_sync(0xffffffffu, total[i], step);
+      if (g == 0) {
+        mark[warp][2 * t + i][0] = most_seen[i];
+        mark[warp][2 * t + i][1] = total[i];
       }
-    if (tile + WARPS < end) load_values(tile + WARPS);
+#pragma unroll
+      for (int j = 0; j < D / 64; ++j)
+#pragma unroll
+        for (int m = 0; m < 4; ++m) {
+          const float* c = out[4 * j + m];
+          *(float2*)&parts[warp][2 * t + i][64 * j + 8 * g + 2 * m] = make_float2(c[i], c[i + 2]);
+        }
+    }
   }
-
-#pragma unroll
-  for (int i = 0; i < 2; ++i) {
-    for (int step = 4; step < 32; step <<= 1) total[i] += __shfl_xor_sync(0xffffffffu, total[i], step);
-    if (g == 0) {
-      mark[warp][2 * t + i][0] = most_seen[i];
-      mark[warp][2 * t + i][1] = total[i];
-    }
-#pragma unroll
-    for (int j = 0; j < D / 64; ++j)
-#pragma unroll
-      for (int m = 0; m < 4; ++m) {
-        const float* c = out[4 * j + m];
-        *(float2*)&parts[warp][2 * t + i][64 * j + 8 * g + 2 * m] = make_float2(c[i], c[i + 2]);
-      }
-  }
-  if (share == 0)
-    for (int head = warp; head < G; head += WARPS) {
-      float dot = 0.f;
-#pragma unroll
-      for (int e = 0; e < E; ++e) {
-        const int i = lane * E + e;
-        dot += ((float)query[0][head][i] + (float)query[1][head][i]) * fresh[0][i];
-      }
-      dot = tvms_sum_lanes(dot);
-      if (lane == 0) {
-        mark[WARPS][head][0] = dot;
-        mark[WARPS][head][1] = 1.f;
-      }
-    }
   __syncthreads();
+  if (warp >= G) return;
+  const int readers = min(READERS, end - begin);
+  float largest = dot;
 #pragma unroll 1
-  for (int head = 0; head < G; ++head) {
-    float largest = mark[WARPS][head][0], weight[WARPS + 1], all = 0.f;
+  for (int r = 0; r < readers; ++r) largest = fmaxf(largest, mark[r][warp][0]);
+  float all = exp2f(dot - largest), sum[E];
 #pragma unroll
-    for (int w = 0; w < WARPS; ++w) largest = fmaxf(largest, mark[w][head][0]);
+  for (int e = 0; e < E; ++e) sum[e] = share ? 0.f : all * fresh[1][lane + 32 * e];
+#pragma unroll 1
+  for (int r = 0; r < readers; ++r) {
+    const float weight = exp2f(mark[r][warp][0] - largest);
+    all += weight * mark[r][warp][1];
 #pragma unroll
-    for (int w = 0; w <= WARPS; ++w) {
-      weight[w] = exp2f(mark[w][head][0] - largest);
-      all += weight[w] * mark[w][head][1];
-    }
-    for (int d = threadIdx.x; d < D; d += 32 * WARPS) {
-      float sum = share ? 0.f : weight[WARPS] * fresh[1][d];
+    for (int e = 0; e < E; ++e) sum[e] += weight * parts[r][warp][lane + 32 * e];
+  }
 #pragma unroll
-      for (int w = 0; w < WARPS; ++w) sum += weight[w] * parts[w][head][d];
-      sums[(long long)head * most * D + d] = sum;
-    }
-    if (threadIdx.x == 0) {
-      marks[head * most * 2] = largest;
-      marks[head * most * 2 + 1] = all;
-    }
+  for (int e = 0; e < E; ++e) sums[(long long)warp * most * D + lane + 32 * e] = sum[e];
+  if (lane == 0) {
+    marks[warp * most * 2] = largest;
+    marks[warp * most * 2 + 1] = all;
   }
 }
 

@@ -23,16 +23,15 @@ from tvm_sparse.schedules.cuda.attention_code import SOURCE, inverse_frequencies
 from tvm_sparse.schedules.cuda.dependent_launch import dependent, start_dependents
 from tvm_sparse.schedules.cuda.device_code import WARP, symbol
 
-WARPS = 4
+WARPS = 8  # of a CTA
 CTAS = 128  # of a step, over sequences and key heads
 MOST_SHARES = 64
 
 
 def shares_of(tokens: int, heads: int, kv_heads: int, head_dim: int, rotary_dim: int, dtype: str) -> int:
     """The most shares of a context; 0 where these kernels do not fit."""
-    each = head_dim // WARP
-    fits = dtype == "bfloat16" and head_dim % 64 == 0 and head_dim <= 256 and heads // kv_heads <= 8
-    if not fits or rotary_dim % (2 * each):
+    fits = dtype == "bfloat16" and head_dim % 64 == 0 and head_dim <= 256 and heads // kv_heads <= WARPS
+    if not fits or (rotary_dim % (2 * WARP) and rotary_dim > WARP):
         return 0
     return min(MOST_SHARES, max(1, CTAS // (tokens * kv_heads)))
 
