@@ -25,12 +25,6 @@ static float __shfl_sync(unsigned, float value, int lane) {
   return __uint_as_float(exchange((const unsigned*)&value, 1).words[lane][0]);
 }
 static float __fsqrt_rn(float x) { return sqrtf(x); }
-static unsigned __byte_perm(unsigned a, unsigned b, unsigned which) {
-  unsigned long long both = (unsigned long long)b << 32 | a;
-  unsigned out = 0;
-  for (int i = 0; i < 4; ++i) out |= (unsigned)(both >> 8 * (which >> 4 * i & 7) & 255) << 8 * i;
-  return out;
-}
 static int tvms_held(const int* position) { return *position; }
 static void tvms_mma(float* c, const unsigned* a, unsigned b0, unsigned b1) { multiply(c, a, b0, b1, true); }
 static uint4 tvms_cache_load(const nv_bfloat16* from) { return *(const uint4*)from; }
