@@ -13,10 +13,12 @@ import tvm
 from tvm_sparse.codegen import cuda, cuda_toolkit
 from tvm_sparse.errors import Refusal
 from tvm_sparse.formats import FORMATS
+from tvm_sparse.schedules.cuda import matmul_mma
 from tvm_sparse.schedules.ops import ModelOps
+from tvm_sparse.schedules.product import decoder_name
 from tvm_sparse.schedules.space import sketch
 from tvm_sparse.schedules.spec import KernelSpec
-from tvm_sparse.schedules.table import instantiate, space
+from tvm_sparse.schedules.table import DECODERS, decoder, instantiate, space
 from tvm_sparse.targets import MACHINES
 
 sys.path.insert(0, str(Path(__file__).parent / "gpu"))
@@ -30,6 +32,8 @@ CHOICES = [
     FORMATS["block"].choice(4, 8),
     FORMATS["delta"].choice(),
     FORMATS["delta"].choice(5, 3, 2, 32, 8),
+    FORMATS["tiles"].choice(),
+    FORMATS["tiles"].choice(5, 3, 2, 3, 6),
 ]
 
 
@@ -84,13 +88,20 @@ def test_every_kernel_becomes_machine_code_without_spills(tmp_path, capfd, monke
         cuda_toolkit.find_toolkit()
     except Refusal as missing:
         pytest.skip(str(missing))
-    functions = {spec.name: instantiate(spec) for spec in specs()} | cases.operations(TINY, ModelOps("cuda"))
+    functions = {spec.name: instantiate(spec) for spec in specs()}
+    functions |= {decoder_name(spec): decoder(spec) for spec in specs() if spec.choice.name in DECODERS}
+    for tile in range(len(matmul_mma.TILES)):
+        many = KernelSpec(CHOICES[0], 96, 72, None, "bfloat16", "bfloat16", "sm_90a")
+        functions[f"many_{tile}"] = instantiate(many, {"tile": tile})
+    functions |= cases.operations(TINY, ModelOps("cuda"))
+    whole = cases.operations(next(shape for shape in cases.SHAPES if shape.name == "one"), ModelOps("cuda"))
+    functions |= {name: f for name, f in whole.items() if "attention" in name or "delta" in name}
     mod = tvm.IRModule({name: f.with_attr("global_symbol", name) for name, f in functions.items()})
     monkeypatch.setenv("TVM_SPARSE_DEBUG", "4")
     monkeypatch.chdir(tmp_path)
     found = cuda.build_cuda_library(mod, tmp_path / "lib.so", [MACHINES["b200"], MACHINES["h200"]])
-    wanted = sorted(f"{name}_kernel" for name in functions)
-    assert found == {"sm_100a": wanted, "sm_90a": wanted}
+    kernels = {arch: sorted({re.sub(r"_kernel(_\d+)?$", "", name) for name in names}) for arch, names in found.items()}
+    assert kernels == {"sm_100a": sorted(functions), "sm_90a": sorted(functions)}
     report = capfd.readouterr().out
     assert max(int(spilled) for spilled in re.findall(r"(\d+) bytes spill", report)) <= 8
     assert "atomic" not in Path("kernels.cu").read_text().partition("extern")[2]

@@ -35,14 +35,17 @@ CASES = {
     "wide-deep": (2, 2, 33, None, 72, 328, "bfloat16"),
     "panels-of-two": (3, 4, 70, None, 136, 200, "float32"),
     "many": (4, 3, 130, None, 264, 72, "bfloat16"),
+    "many-ragged": (4, 4, 140, None, 268, 328, "float32"),
 }
 
 
-@pytest.mark.parametrize("case", CASES)
-def test_the_tensor_core_kernel_equals_float64(case, tmp_path):
+@pytest.mark.parametrize(
+    "case, warpgroup", [*((case, False) for case in CASES), *((case, True) for case in CASES if CASES[case][0] > 3)]
+)
+def test_the_tensor_core_kernel_equals_float64(case, warpgroup, tmp_path):
     tile, stages, tokens, declared, n, k, dtype = CASES[case]
     spec = KernelSpec(DENSE, n, k, declared, "bfloat16", dtype, "sm_90a")
-    kernels = Kernels(instantiate(spec, {"tile": tile, "stages": stages}), "product", tmp_path)
+    kernels = Kernels(instantiate(spec, {"tile": tile, "stages": stages}), "product", tmp_path, warpgroup)
     generator = torch.Generator().manual_seed(k)
     x, w = (torch.randn(rows, k, generator=generator).bfloat16() for rows in (tokens, n))
     y = torch.full((tokens + 1, n), float("nan"), dtype=getattr(torch, dtype))

@@ -3,7 +3,8 @@
 A CTA takes a tile of tokens times features. Both operands come through shared memory in stages of 64 columns, several
 of them on their way (cp.async) while one is multiplied; a stage holds rows of 128 bytes, x's before W's, laid out as
 tensor_core.py says. Where tokens are few, so that reading W is what takes time, warps share out a stage's panels of 64
-columns instead of its rows, and add up their sums in a fixed order at the end.
+columns instead of its rows, and add up their sums in a fixed order at the end. The tile of many tokens is multiplied by
+warpgroups where there are any (matmul_warpgroup.py).
 
 A lane's sums of four neighbouring 8-column products are 8 neighbours of a row of y, because W's rows are put into
 shared memory in the order that makes them so:
@@ -19,7 +20,7 @@ from collections.abc import Mapping
 import tvm
 from tvm.script import tirx as T
 
-from tvm_sparse.schedules.cuda import tensor_core
+from tvm_sparse.schedules.cuda import matmul_warpgroup, tensor_core
 from tvm_sparse.schedules.cuda.device_code import WARP
 from tvm_sparse.schedules.cuda.token_tile import tokens_of
 from tvm_sparse.schedules.spec import KernelSpec
@@ -50,11 +51,21 @@ __device__ __forceinline__ void tvms_store8(float* y, const float* sums) {
 }
 __device__ __forceinline__ void tvms_store1(unsigned short* y, float sum) { *y = tvms_pack_bf16(sum, 0.f); }
 __device__ __forceinline__ void tvms_store1(float* y, float sum) { *y = sum; }
+// Up to 8 sums of neighbouring features, as many as are `left` of a row of N.
+template <int N, class Out> __device__ __forceinline__ void tvms_store_row(Out* y, const float* sums, int left) {
+  if (N % 8 == 0) {
+    if (left > 0) tvms_store8(y, sums);
+  } else {
+#pragma unroll
+    for (int e = 0; e < 8; ++e)
+      if (e < left) tvms_store1(y + e, sums[e]);
+  }
+}
 
 // A warp has TOKENS x FEATURES sums; ACROSS warps side by side in tokens, DOWN in features, DEEP in columns.
-template <int TOKENS, int FEATURES, int ACROSS, int DOWN, int DEEP, int STAGES, class Out>
+template <int TOKENS, int FEATURES, int ACROSS, int DOWN, int DEEP, int STAGES, int n, int k, class Out>
 __device__ __forceinline__ void tvms_matmul(
-    const void* x_bits, const void* w_bits, void* y_bits, void* shared_bytes, long long m, int n, int k) {
+    const void* x_bits, const void* w_bits, void* y_bits, void* shared_bytes, long long m) {
   const unsigned short *x = (const unsigned short*)x_bits, *w = (const unsigned short*)w_bits;
   Out* y = (Out*)y_bits;
   char* shared = (char*)shared_bytes;
@@ -152,16 +163,24 @@ __device__ __forceinline__ void tvms_matmul(
 #pragma unroll
         for (int j = 0; j < 4; ++j)
           row[2 * j] = sums[i][4 * q + j][2 * half], row[2 * j + 1] = sums[i][4 * q + j][2 * half + 1];
-        Out* to = y + token * n + feature;
-        if (n % 8 == 0) {
-          if (feature < n) tvms_store8(to, row);
-        } else {
-#pragma unroll
-          for (int e = 0; e < 8; ++e)
-            if (feature + e < n) tvms_store1(to + e, row[e]);
-        }
+        tvms_store_row<n>(y + token * n + feature, row, n - feature);
       }
     }
+}
+#endif
+"""
+
+# The tile of many tokens, by the fastest way that an architecture has.
+_MANY = r"""
+#ifndef TVMS_MATMUL_MANY
+#define TVMS_MATMUL_MANY
+template <int STAGES, int N, int K, class Out>
+__device__ __forceinline__ void tvms_matmul_many(const void* x, const void* w, void* y, void* shared, long long m) {
+#ifdef TVMS_WARPGROUP
+  tvms_matmul_groups<STAGES, N, K, Out>(x, w, y, shared, m);
+#else
+  tvms_matmul<64, 64, 2, 4, 1, STAGES, N, K, Out>(x, w, y, shared, m);
+#endif
 }
 #endif
 """
@@ -172,7 +191,6 @@ TILES = (
     (16, 64, 1, 1, 8),
     (32, 64, 1, 2, 4),
     (64, 32, 1, 4, 2),
-    (64, 64, 2, 2, 1),
     (64, 64, 2, 4, 1),
 )
 _SHARED = 208 << 10  # bytes a CTA
@@ -199,15 +217,17 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
     tile = tokens, features, across, down, deep = TILES[decisions["tile"]]
     wide, high = tokens * across, features * down
     stage = deep * (wide + high) * 128
-    stages = min(decisions["stages"], _SHARED // stage)
+    many = tile == TILES[-1]
+    stages = max(2 + many, min(decisions["stages"], _SHARED // stage))
     threads = WARP * across * down * deep
     out = {"bfloat16": "unsigned short", "float32": "float"}[spec.out_dtype]
-    name = f"tvms_matmul<{', '.join(map(str, (*tile, stages)))}, {out}>"
+    code = tensor_core.SOURCE + _SOURCE + matmul_warpgroup.SOURCE + _MANY
+    name, numbers = ("tvms_matmul_many", (stages, n, k)) if many else ("tvms_matmul", (*tile, stages, n, k))
+    name += f"<{', '.join(map(str, numbers))}, {out}>"
 
     def multiply(x, weight, y, operands):
         pointers = [buffer.data for buffer in (x, weight, y, operands)]  # address_of would shrink them to one element
-        call = (name, *pointers, T.cast(m, "int64"), n, k)
-        return T.evaluate(T.cuda.func_call(*call, source_code=tensor_core.SOURCE + _SOURCE))
+        return T.evaluate(T.cuda.func_call(name, *pointers, T.cast(m, "int64"), source_code=code))
 
     @T.prim_func(s_tir=True)
     def matmul_mma(
