@@ -1,8 +1,9 @@
 """matmul_mma's product of many tokens by `wgmma`, on an H200.
 
-A CTA is two groups of four warps and takes 128 tokens x 256 features, each group 64 of the tokens. Stages of 64 columns come by cp.async, x's rows before W's in matmul_mma's order. A
-thread copies the same 16 bytes of every 32nd row, so that all its addresses of a step lie at fixed distances from two
-pointers, and sends its copies after the step's products, which need nothing else of it.
+A CTA is two groups of four warps and takes 128 tokens x 256 features, each group 64 of the tokens. Stages of 64 columns
+come by cp.async, x's rows before W's in matmul_mma's order. A thread copies the same 16 bytes of every 32nd row, so
+that all its addresses of a step lie at fixed distances from two pointers, and sends its copies after the step's
+products, which need nothing else of it.
 
     step s    copies of s are there; products of s are sent; copies of s + STAGES - 2 are sent, into the stage of s - 2,
               which both groups have left; products of s - 1 are waited for
