@@ -16,12 +16,16 @@ in place, then outputs. Common to all:
 
 from __future__ import annotations
 
+import json
 from importlib import import_module
 
 import tvm
 from tvm.s_tir.stmt import SBlock, SBlockRealize
 
 PrimFunc = tvm.tirx.PrimFunc
+
+OPERATION_ATTR = "tvm_sparse.operation"
+"""What a PrimFunc of ModelOps computes: its name and its builder's arguments, as JSON."""
 
 ATTRIBUTES = {"op_pattern": 8, "tirx.is_scheduled": True, "tirx.noalias": True}
 """Carried by every PrimFunc of a builder: opaque to operator fusion, already scheduled, no two arguments overlap."""
@@ -78,7 +82,8 @@ class ModelOps:
         key = (name, *static)
         if key not in self._built:
             module = import_module(f"tvm_sparse.schedules.{self.device}.{MODULES[name]}")
-            self._built[key] = as_kernel(getattr(module, name)(*static))
+            built = as_kernel(getattr(module, name)(*static))
+            self._built[key] = built.with_attr(OPERATION_ATTR, json.dumps(key))
         return self._built[key]
 
     def embedding(self, tokens: int | None, vocab: int, hidden: int, table_dtype: str, dtype: str) -> PrimFunc:

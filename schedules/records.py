@@ -114,6 +114,8 @@ class Records:
         return {arch: decisions for arch, decisions in found.items() if decisions is not None}
 
     def _look_up(self, spec: KernelSpec) -> Found:
+        fused, spec = spec, _alone(spec)
+        alone = "" if spec == fused else ", the product alone"
         origin = "default"
         for owner, log in self._logs:
             how = "tuned on" if owner == self._machine else "transferred from"
@@ -121,7 +123,7 @@ class Records:
             trials = log.trials(lent)
             for trial in trials:
                 if fits(spec, trial.decisions):
-                    return Found(trial.decisions, f"{how} {owner.logs}")
+                    return Found(trial.decisions, f"{how} {owner.logs}{alone}")
             if trials:
                 origin = f"default: the records in {owner.logs} are of another version of the kernel"
                 print(f"  {spec.name}: {origin}", file=sys.stderr)
@@ -132,6 +134,12 @@ def fits(spec: KernelSpec, decisions: dict[str, int]) -> bool:
     """Whether these are decisions of the kernel's template as it is now."""
     choices = {decision.name: decision.choices for decision in space(spec)}
     return decisions.keys() == choices.keys() and all(value in choices[name] for name, value in decisions.items())
+
+
+def _alone(spec: KernelSpec) -> KernelSpec:
+    """The product by itself: what a kernel does besides, and which rows are neighbours, changes no decision."""
+    options = tuple(option for option in spec.choice.options if option[0] != "pairs")
+    return replace(spec.alone, choice=replace(spec.choice, options=options))
 
 
 def _lent(spec: KernelSpec, owner: Machine, log: Log) -> KernelSpec:

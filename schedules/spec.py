@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from tvm_sparse.formats.base import FormatChoice
 
@@ -20,6 +20,11 @@ class KernelSpec:
 
     `m` is None where the number of tokens is a symbolic dimension. `arch` is "x86-64" (or another of CPU_ISAS once
     a library's code paths are told apart), "sm_90a" or "sm_100a".
+
+    What else the kernel does, for one token (`table.fuses`). With `norm_eps`, x is not normed yet: it takes the norm's
+    weight float32 [k] after x, and norms as schedules/ops.py's rms_norm, without rounding in between. `after` is
+    what happens to each result, rounded to out_dtype, before it is stored: "add", a residual [m, n] of out_dtype that
+    stands before y is added; "silu_mul", W is a gate over an up projection, y [m, n / 2] = silu(gate) * up.
     """
 
     choice: FormatChoice
@@ -29,6 +34,8 @@ class KernelSpec:
     x_dtype: str
     out_dtype: str
     arch: str
+    norm_eps: float = 0.0
+    after: str = ""
 
     @property
     def device(self) -> str:
@@ -40,10 +47,23 @@ class KernelSpec:
         options = "".join(f"_{key}{value}" for key, value in self.choice.options)
         tokens = "n" if self.m is None else str(self.m)
         types = f"{KERNEL_DTYPES[self.x_dtype]}_{KERNEL_DTYPES[self.out_dtype]}"
-        return f"matmul_{self.choice.name.replace(':', 'to')}{options}_{self.n}x{self.k}_m{tokens}_{types}"
+        fused = ("_norm" if self.norm_eps else "") + (f"_{self.after}" if self.after else "")
+        return f"matmul_{self.choice.name.replace(':', 'to')}{options}_{self.n}x{self.k}_m{tokens}_{types}{fused}"
+
+    @property
+    def out_features(self) -> int:
+        return self.n // 2 if self.after == "silu_mul" else self.n
+
+    @property
+    def alone(self) -> KernelSpec:
+        """The product without anything else."""
+        return replace(self, norm_eps=0.0, after="")
 
     def to_json(self) -> str:
         facts = {**vars(self), "choice": [self.choice.name, [list(o) for o in self.choice.options]]}
+        for fused in ("norm_eps", "after"):  # left out as records have it that are older
+            if not facts[fused]:
+                del facts[fused]
         return json.dumps(facts, sort_keys=True)
 
     @staticmethod

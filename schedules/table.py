@@ -3,6 +3,8 @@
 Each module has two functions:
   build(spec, decisions) -> PrimFunc   x [m, k], the format's buffers in order, y [m, n]
   space(spec) -> tuple[Decision, ...]  what its schedule can choose, defaults included
+and, where it can do more than the product:
+  fuses(spec) -> bool                  whether it does what the spec asks besides
 """
 
 from __future__ import annotations
@@ -97,6 +99,12 @@ def instantiate(spec: KernelSpec, decisions: Mapping[str, int] | None = None) ->
     if function.attrs and "global_symbol" in function.attrs:
         function = function.without_attr("global_symbol")
     return function.with_attr({**ATTRIBUTES, SPEC_ATTR: spec.to_json()})
+
+
+def fuses(spec: KernelSpec) -> bool:
+    """Whether there is a kernel that does all the spec says besides the product; passes ask before they fuse."""
+    template = _template(spec)
+    return hasattr(template, "fuses") and template.fuses(spec)
 
 
 def decoder(spec: KernelSpec) -> tvm.tirx.PrimFunc:

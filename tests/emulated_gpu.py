@@ -61,6 +61,7 @@ static uint4 make_uint4(unsigned x, unsigned y, unsigned z, unsigned w) { return
 static float2 make_float2(float x, float y) { return {x, y}; }
 static float4 make_float4(float x, float y, float z, float w) { return {x, y, z, w}; }
 using std::min; using std::max;
+static float rsqrtf(float x) { return 1 / sqrtf(x); }
 struct nv_bfloat16 {
   unsigned short bits;
   nv_bfloat16() = default;
@@ -76,6 +77,7 @@ static unsigned tvms_early_load(const void* from) { return *(const unsigned*)fro
 static uint4 tvms_read_8(const void* x) { return *(const uint4*)x; }
 static float tvms_read_x(const nv_bfloat16* x) { return *x; }
 static float tvms_read_x(const float* x) { return *x; }
+static void tvms_read_pair(const float* from, float* to) { to[0] = from[0], to[1] = from[1]; }
 static int tvms_address(const void* p) { return (const char*)p - (const char*)shared_ptr; }
 template <class T> static T& tvms_at(int at) { return *(T*)((char*)shared_ptr + at); }
 static float tvms_get(int at) { return tvms_at<float>(at); }
@@ -94,7 +96,7 @@ template <class... T> static void tvms_end_t4(T... t) { tvms_end<4>(t...); }
 template <class... T> static void tvms_end_t8(T... t) { tvms_end<8>(t...); }
 static void copy_async(const void* to, const void* from) { memcpy((void*)to, from, 16); }
 """
-_OWN = re.compile("tvms_(stream_load|in_order|early_load|read_8|read_x|address|get[24]?|put|end_t[1248])")
+_OWN = re.compile("tvms_(stream_load|in_order|early_load|read_8|read_x|read_pair|address|get[24]?|put|end_t[1248])")
 
 
 def compile_kernel(source: str, name: str, folder: Path):

@@ -92,7 +92,7 @@ def walk(packed, x: np.ndarray) -> np.ndarray:
     Each class of x ends in the zeros of a chunk: an IndexError would say that a lane runs too far.
     """
     part = {name: t.view(torch.int16 if t.itemsize == 2 else t.dtype).numpy() for name, t in packed.buffers.items()}
-    g, bins, warps, classes, unit = (value for _, value in packed.choice.options)
+    g, bins, warps, classes, unit, *_ = (value for _, value in packed.choice.options)
     base, value_mask = int(part["scale"][0]), 0x80000000 | ((1 << word_bits(unit) - 1 - g) - 1) << 16
     res_val = packed.buffers["res_val"].double().numpy()
     words = unfold(torch.from_numpy(part["words"]), g, words_of(unit)).numpy().view(np.uint16).astype(np.uint32)
@@ -159,11 +159,25 @@ def test_no_lane_runs_further_than_the_zeros_after_x(gap_bits):
         assert torch.equal(unpack(pack(weight, choice)), weight)
 
 
-def test_bins_are_of_equal_size_whatever_the_rows_are():
+@settings(max_examples=15, deadline=None)
+@given(matrices(), st.sampled_from(CUTS))
+def test_pairs_of_rows_stand_side_by_side(weight, cut):
+    weight = torch.cat([weight, weight.flip(0)])
+    choice = DELTA.choice(*cut, pairs=1)
+    packed = pack(weight, choice)
+    assert torch.equal(unpack(packed).view(torch.int16), bits_of(weight))
+    gate, up = packed.buffers["rows"][:, 0].reshape(-1, 2).unbind(1)
+    assert torch.equal(up[gate >= 0], gate[gate >= 0] + len(weight) // 2) and bool((up[gate < 0] < 0).all())
+    with pytest.raises(Refusal):
+        pack(weight[1:], choice)
+
+
+@pytest.mark.parametrize("pairs", [False, True])
+def test_bins_are_of_equal_size_whatever_the_rows_are(pairs):
     """Long rows stand with short ones: the fullest class of a bin is hardly longer than the average."""
     lengths = torch.randint(40, 60, (2000, 4), generator=torch.Generator().manual_seed(0))
     lengths[:30] = 640
-    dealt = deal(lengths, 16)
+    dealt = deal(lengths, 16, pairs)
     assert int(dealt.end[:, :, -1].max()) <= lengths.sum() / (16 * 4) * 1.01
     assert sorted(dealt.row_of[dealt.row_of >= 0].tolist()) == list(range(2000))
 

@@ -71,7 +71,9 @@ def test_plan_of_a_build_without_weights():
     layout = make_layout(config)
     plan = declared(config, layout, select(config), 0.75, Pattern(), parse_targets("b200"), 1)
     assert Plan.from_json(plan.to_json()) == plan
-    assert plan["layers.0.mlp.gate_up_proj.weight"].choice == FORMATS["delta"].choice(gap_bits=4, bins=148, unit=9)
+    assert plan["layers.0.mlp.gate_up_proj.weight"].choice == FORMATS["delta"].choice(
+        gap_bits=4, bins=148, unit=9, pairs=1
+    )
     assert plan["embed_tokens.weight"].choice == plan["lm_head.weight"].choice == FORMATS["dense"].choice()
     assert plan.nbytes == pytest.approx(16.6e9, rel=0.01)
     table = str(plan).splitlines()

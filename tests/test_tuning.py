@@ -15,6 +15,7 @@ import tvm
 
 from tvm_sparse.errors import Refusal, Stopped
 from tvm_sparse.formats import FORMATS
+from tvm_sparse.formats.delta import with_pairs
 from tvm_sparse.library import schedule_origins
 from tvm_sparse.passes.apply_schedules import ApplySchedules
 from tvm_sparse.schedules.records import RECORDS, Log, Records
@@ -134,6 +135,9 @@ def test_a_b200_takes_what_an_h200_found(tmp_path):
     assert found.origin == "transferred from nvidia-h200"
     assert Records(b200, tmp_path).find(replace(own, choice=FORMATS["delta"].choice(5, b200.cores))).decisions is None
     assert Records(h200, tmp_path).find(lent).origin == "tuned on nvidia-h200"
+    fused = replace(own, choice=with_pairs(own.choice), norm_eps=1e-6, after="silu_mul")
+    assert Records(b200, tmp_path).find(fused).decisions == found.decisions
+    assert Records(b200, tmp_path).find(fused).origin == "transferred from nvidia-h200, the product alone"
     records = Records(b200, tmp_path)
     applied = ApplySchedules(records)(tvm.IRModule({"kernel": sketch(own)}))
     said = schedule_origins(applied, records)[own.name]  # what the report says of it

@@ -19,6 +19,7 @@ class RuntimeParam:
     `sources` are short checkpoint names, stacked along rows. `dtype` is "float32", or "model" for the activation
     dtype (every matrix). `transform` is applied on the way in: "one_plus" is 1 + w computed in float32 (norms are
     stored around 0, and bf16 would lose bits), "squeeze" drops the middle dimension of the convolution's [C, 1, 4].
+    `pairs`: rows r and r + N / 2 give one number, so whoever computes both can finish it.
     """
 
     name: str
@@ -27,6 +28,7 @@ class RuntimeParam:
     dtype: str
     kind: Kind
     transform: Transform = ""
+    pairs: bool = False
 
 
 @dataclass(frozen=True)
@@ -57,6 +59,8 @@ class Layout:
         return {param.name: param for param in self.params}
 
 
+_GATED = "mlp.gate_up_proj.weight"
+
 _FUSED: dict[str, tuple[str, ...]] = {
     "linear_attn.in_proj.weight": (
         "linear_attn.in_proj_qkv.weight",
@@ -69,7 +73,7 @@ _FUSED: dict[str, tuple[str, ...]] = {
         "self_attn.k_proj.weight",
         "self_attn.v_proj.weight",
     ),
-    "mlp.gate_up_proj.weight": ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
+    _GATED: ("mlp.gate_proj.weight", "mlp.up_proj.weight"),
 }
 
 _DELTANET = (
@@ -86,7 +90,7 @@ _ATTENTION = (
     "self_attn.k_norm.weight",
     "self_attn.o_proj.weight",
 )
-_MLP = ("post_attention_layernorm.weight", "mlp.gate_up_proj.weight", "mlp.down_proj.weight")
+_MLP = ("post_attention_layernorm.weight", _GATED, "mlp.down_proj.weight")
 
 
 def make_layout(config: ModelConfig, schedule: Sequence[int] | None = None) -> Layout:
@@ -121,7 +125,7 @@ def _param(
     shape = known[sources[0]].shape
     if len(shape) == 2:
         rows = sum(known[source].shape[0] for source in sources)
-        return RuntimeParam(name, sources, (rows, shape[1]), "model", kind)
+        return RuntimeParam(name, sources, (rows, shape[1]), "model", kind, pairs=name.endswith(_GATED))
     if len(shape) == 3:
         return RuntimeParam(name, sources, (shape[0], shape[2]), "float32", "vector", "squeeze")
     # every norm but the gated one of DeltaNet scales by 1 + w

@@ -22,7 +22,10 @@ from tvm_sparse.passes.annotate_sparsity import AnnotateSparsity
 from tvm_sparse.passes.apply_schedules import ApplySchedules
 from tvm_sparse.passes.bundle_parameters import NUM_STATE_ATTR, BundleParameters
 from tvm_sparse.passes.fold_recurrent_layers import FoldRecurrentLayers
+from tvm_sparse.passes.fuse_gates import FuseGates
+from tvm_sparse.passes.fuse_norms import FuseNorms
 from tvm_sparse.passes.fuse_projections import FuseProjections
+from tvm_sparse.passes.fuse_residuals import FuseResiduals
 from tvm_sparse.passes.lower_sparse_matmul import LowerSparseMatmul
 from tvm_sparse.passes.verify_schedules import VerifySchedules
 from tvm_sparse.plan import Plan
@@ -92,6 +95,9 @@ def lower(mod: tvm.IRModule, layout: Layout, plan: Plan, arch: str, records: Rec
         FuseProjections(layout.fusions),  # one matmul where several read the same input
         AnnotateSparsity(plan),  # the plan, on the functions
         LowerSparseMatmul(arch),  # matmul -> call_tir on packed parameters
+        FuseResiduals(),  # the residual sum -> the product before it
+        FuseNorms(),  # the norm -> the product after it
+        FuseGates(),  # silu(gate) * up -> the product before it
         ApplySchedules(records),  # sketches -> kernels, by record or by default
         VerifySchedules(),  # nothing unfinished goes on
     ]

@@ -125,7 +125,7 @@ def _packed(
             entry = keep_dense(param.name, packed.shape, packed.nnz, reason, width=32)
         else:
             stats = measure(matrix, blocks)
-            entry = decide(param.name, stats, machines, batch, formats)
+            entry = decide(param.name, stats, machines, batch, formats, param.pairs)
             packed = pack(matrix, entry.choice)
             bits = 8 * packed.nbytes / packed.nnz if packed.nnz else 0.0
             entry = replace(entry, nbytes=packed.nbytes, bits_per_nonzero=bits)

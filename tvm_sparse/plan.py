@@ -9,6 +9,7 @@ from math import ceil, prod, sqrt
 from statistics import NormalDist
 
 from tvm_sparse.formats import FORMATS, FormatChoice, Stats
+from tvm_sparse.formats.delta import with_pairs
 from tvm_sparse.formats.speed import seconds
 from tvm_sparse.formats.stats import CHUNK, GAP_BITS
 from tvm_sparse.layout import Layout, RuntimeParam
@@ -85,6 +86,7 @@ def decide(
     machines: Sequence[Machine],
     batch: int,
     formats: Collection[str] = tuple(FORMATS),
+    pairs: bool = False,
 ) -> PlanEntry:
     """The fastest format for `batch` tokens at once, over all machines of a library together.
 
@@ -92,7 +94,7 @@ def decide(
     first. Two thumbs lie on the scale. Dense stays where nothing saves 5 %: it serves prefill and every batch as it is.
     A matrix with structure (2:4, blocks) keeps its own format where that loses less than 15 %: only there can the
     tensor cores use it. A format no smaller than dense has found none. `formats` narrows the choice; where none of them
-    fits the matrix stays dense.
+    fits the matrix stays dense. `pairs` is that of the parameter (layout.py).
     """
     dense = FORMATS["dense"].choice()
     made = [choice for name in FORMATS if name in formats for choice in FORMATS[name].choices(stats, machines[0])]
@@ -110,7 +112,7 @@ def decide(
     best = ranked[0]
     return PlanEntry(
         param=param,
-        choice=best,
+        choice=with_pairs(best) if pairs and best.name == "delta" and machines[0].is_gpu else best,
         shape=stats.shape,
         density=stats.density,
         nbytes=size[best],
@@ -149,7 +151,7 @@ def declared(
             plan[param.name] = keep_dense(param.name, shape, prod(shape), DENSE_REASON[param.kind])
             continue
         stats = expected_stats(shape, 1 - pruned * (1 - density), pattern if pruned == 1 else Pattern())
-        plan[param.name] = decide(param.name, stats, machines, batch, formats)
+        plan[param.name] = decide(param.name, stats, machines, batch, formats, param.pairs)
     return plan
 
 

@@ -35,7 +35,8 @@ def write_report(folder: Path, report: dict[str, Any]) -> None:
 def _row(entry: PlanEntry, schedules: dict[str, str], machine: Machine, dtype: str, batch: int) -> dict[str, Any]:
     n, k = entry.shape
     out = "float32" if entry.param in ("lm_head.weight", "embed_tokens.weight") else dtype
-    kernel = KernelSpec(entry.choice, n, k, batch, dtype, out, machine.arch).name
+    plain = KernelSpec(entry.choice, n, k, batch, dtype, out, machine.arch).name
+    kernel = next((name for name in schedules if name == plain or name.startswith(f"{plain}_")), "")  # or a fused one
     expected = {
         name: entry.dense_seconds[name] / seconds for name, seconds in entry.seconds.items() if seconds
     }
@@ -46,7 +47,7 @@ def _row(entry: PlanEntry, schedules: dict[str, str], machine: Machine, dtype: s
         "format": str(entry.choice),
         "bytes": entry.nbytes,
         "bits_per_nonzero": entry.bits_per_nonzero,
-        "kernel": kernel if kernel in schedules else "",
+        "kernel": kernel,
         "schedule": schedules.get(kernel, ""),
         "expected_speedup": expected,
         "reason": entry.reason,

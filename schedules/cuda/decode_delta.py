@@ -24,7 +24,7 @@ def _source(spec: KernelSpec, rows_at_once: int) -> tuple[str, str]:
     """Name and source of the kernel's body. `ends`, in shared memory: the unit of its class's stream behind each
     segment, by rank and class; after it the rows of `rows_at_once` warps.
     """
-    gap_bits, bins, warps, classes, unit = (value for _, value in spec.choice.options)
+    gap_bits, bins, warps, classes, unit, *_ = (value for _, value in spec.choice.options)
     chunk, lanes = words_of(unit), WARP // classes
     per = chunk // unit
     words_name, words_source = words_code(gap_bits, unit)

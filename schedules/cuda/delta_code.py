@@ -49,6 +49,9 @@ __device__ __forceinline__ uint4 tvms_read_8(const void* x) {
   asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(x));
   return v;
 }
+__device__ __forceinline__ void tvms_read_pair(const float* from, float* to) {
+  asm volatile("ld.global.v2.f32 {%0, %1}, [%2];" : "=f"(to[0]), "=f"(to[1]) : "l"(from));
+}
 __device__ __forceinline__ float tvms_read_x(const nv_bfloat16* x) {
   unsigned short v;
   asm volatile("ld.global.u16 %0, [%1];" : "=h"(v) : "l"(x));
@@ -63,15 +66,32 @@ __device__ __forceinline__ float tvms_read_x(const float* x) {
 """
 
 
-def stage_code(tile: int, copies: int) -> tuple[str, str]:
+def _first_pair(width: int) -> str:
+    """Lanes begin with different columns, which keeps what a warp stores at a time on different banks."""
+    return f"threadIdx.x >> { {1: 2, 2: 1}.get(width, 0)} & 3"
+
+
+def weight_code(copies: int) -> tuple[str, str]:
+    """Name and source of the function that reads the norm's weights of 8 columns, in the order of `stage_code`."""
+    name = f"tvms_norm_weights_c{copies}"
+    source = f"""
+__device__ __forceinline__ void {name}(const float* from, float* to) {{
+  int turn = {_first_pair(copies)};
+#pragma unroll
+  for (int j = 0; j < 4; ++j) tvms_read_pair(from + 2 * (j + turn & 3), to + 2 * j);
+}}
+"""
+    return name, READ + source
+
+
+def stage_code(tile: int, copies: int, normed: bool = False) -> tuple[str, str]:
     """Name and source of the function that scales 8 columns of `tile` tokens and stores each `copies` times.
 
-    Lanes begin with different columns, which keeps what a warp stores at a time on different banks.
+    Where one token is to be `normed` it is multiplied with the norm's weights first, and the sum of its squares added.
     """
-    name = f"tvms_stage_t{tile}_c{copies}"
+    name = f"tvms_stage_t{tile}_c{copies}" + ("_normed" if normed else "")
     width = tile * copies
-    shift = {1: 2, 2: 1}.get(width, 0)
-    lines = [f"  int turn = threadIdx.x >> {shift} & 3, at;", "  uint4 u;"]
+    lines = [f"  int turn = {_first_pair(width)}, at;", "  uint4 u;"]
     lines += [f"  float {column}{token};" for token in range(tile) for column in "ab"]
     lines += [f"  unsigned p{token}[4];" for token in range(tile)]
     for token in range(tile):
@@ -83,8 +103,12 @@ def stage_code(tile: int, copies: int) -> tuple[str, str]:
     for j in range(4):
         lines.append(f"  at = ({j} + turn & 3) * {2 * width};")
         for token in range(tile):
-            lines.append(f"  a{token} = tvms_scale_x(__uint_as_float(p{token}[{j}] << 16));")
-            lines.append(f"  b{token} = tvms_scale_x(__uint_as_float(p{token}[{j}] & 0xffff0000u));")
+            lines.append(f"  a{token} = __uint_as_float(p{token}[{j}] << 16);")
+            lines.append(f"  b{token} = __uint_as_float(p{token}[{j}] & 0xffff0000u);")
+            if normed:
+                lines.append("  *squares = fmaf(a0, a0, fmaf(b0, b0, *squares));")
+                lines.append(f"  a0 *= weight[{2 * j}], b0 *= weight[{2 * j + 1}];")
+            lines += [f"  {column}{token} = tvms_scale_x({column}{token});" for column in "ab"]
         column = {c: [f"{c}{token}" for _ in range(copies) for token in range(tile)] for c in "ab"}
         if width == 1:
             lines.append("  *(float2*)(to + at) = make_float2(a0, b0);")
@@ -97,7 +121,8 @@ def stage_code(tile: int, copies: int) -> tuple[str, str]:
                     place = f"to + at + ({order}second ? {width} : 0) + {i}"
                     lines.append(f"  *(float4*)({place}) = {order}second ? {b} : {a};")
     body = "\n".join(lines)
-    return name, f"{SCALE}__device__ __forceinline__ void {name}(const uint4* v, float* to) {{\n{body}\n}}\n"
+    more = ", const float* weight, float* squares" if normed else ""
+    return name, f"{SCALE}__device__ __forceinline__ void {name}(const uint4* v, float* to{more}) {{\n{body}\n}}\n"
 
 
 SHARED = """
@@ -277,6 +302,13 @@ __device__ __forceinline__ float tvms_class_sum(float value, int lanes) {
   return value;
 }
 #endif
+"""
+
+NEXT_ROW = """
+__device__ __forceinline__ float tvms_next_row(float value, int lanes) {
+  // For an even row: what the lanes of the row after it have.
+  return __shfl_xor_sync(0xffffffffu, value, lanes);
+}
 """
 
 

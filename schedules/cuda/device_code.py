@@ -6,6 +6,8 @@ scope "local". Index arithmetic follows the dimensions: int64 where one is symbo
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import tvm
 from tvm.script import tirx as T
 
@@ -55,6 +57,12 @@ def token_dim(tokens: int | None) -> int | tvm.tirx.Var:
 def symbol(name: str) -> tvm.tirx.Var:
     """A dimension that no builder argument names."""
     return tvm.tirx.Var(name, "int64")
+
+
+def without_arguments(function: tvm.tirx.PrimFunc, names: Sequence[str]) -> tvm.tirx.PrimFunc:
+    """A kernel of several forms declares all their arguments; those that this form leaves unread go."""
+    kept = [param for param in function.params if param.name not in names]
+    return tvm.tirx.PrimFunc(kept, function.body, function.ret_type, function.attrs, function.span)
 
 
 def block_sum(value: tvm.tirx.Expr) -> tvm.tirx.Expr:

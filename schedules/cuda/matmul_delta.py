@@ -19,6 +19,7 @@ from collections.abc import Mapping
 import tvm
 from tvm.script import tirx as T
 
+from tvm_sparse.formats.delta import in_pairs
 from tvm_sparse.formats.delta_bins import slots
 from tvm_sparse.formats.delta_chunks import words_of
 from tvm_sparse.schedules.cuda.delta_code import (
@@ -26,15 +27,17 @@ from tvm_sparse.schedules.cuda.delta_code import (
     EARLY,
     IN_ORDER,
     LOAD,
+    NEXT_ROW,
     READ,
     SCALE,
     SHARED,
     chunk_code,
     row_code,
     stage_code,
+    weight_code,
 )
 from tvm_sparse.schedules.cuda.dependent_launch import ALONE, dependent, start_dependents, wait_for_inputs
-from tvm_sparse.schedules.cuda.device_code import WARP, f32, symbol
+from tvm_sparse.schedules.cuda.device_code import WARP, f32, silu, symbol, without_arguments
 from tvm_sparse.schedules.cuda.token_tile import SHARED_LIMIT, tile_decision, tokens_of
 from tvm_sparse.schedules.spec import KernelSpec
 from tvm_sparse.schedules.table import Decision
@@ -72,11 +75,18 @@ def _copies(spec: KernelSpec, tile: int) -> int:
     return copies
 
 
+def fuses(spec: KernelSpec) -> bool:
+    """For one token: every form, where x is staged 8 columns at a time and both rows of a gate are in one bin."""
+    eights = spec.x_dtype == "bfloat16" and spec.k % 8 == 0
+    return spec.m == 1 and (eights or not spec.norm_eps) and (in_pairs(spec.choice) or spec.after != "silu_mul")
+
+
 def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
-    """(x [m, k], words, lanes, rows, scale, res_col, res_val, y [m, n])."""
+    """(x [m, k], words, lanes, rows, scale, res_col, res_val, y [m, n]); with norm and residual see KernelSpec."""
     n, k, m = spec.n, spec.k, tokens_of(spec)
-    gap_bits, bins, warps, classes, unit = (value for _, value in spec.choice.options)
+    gap_bits, bins, warps, classes, unit, *_ = (value for _, value in spec.choice.options)
     tile, depth, overlap = (decisions[key] for key in ("tile", "depth", "overlap"))
+    normed, add, gated = spec.norm_eps > 0, spec.after == "add", spec.after == "silu_mul"
     copies = _copies(spec, tile)
     width = tile * copies  # numbers a column takes
     room, threads = slots(n, bins), warps * WARP
@@ -86,18 +96,22 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
     parts = padded * width  # where the parts begin; after them the first part of each segment, then the table of rows
     firsts = parts + -(-classes * span * tile // 4) * 4
     table = firsts + -(-classes * room // 8) * 4
-    total_words = table + 2 * room
+    squared = table + 2 * room  # the warps' sums of squares of x
+    total_words = squared + (warps if normed else 0)
     if overlap and tile == 1:
         total_words = max(total_words, ALONE // 4)
     helpers = 1  # lanes that add up a row
-    while 2 * helpers <= classes and 2 * helpers * room <= threads:
+    most = min(classes, WARP // 2) if gated else classes  # both rows of a pair in one warp
+    while 2 * helpers <= most and 2 * helpers * room <= threads:
         helpers *= 2
+    row_turns = -(-(room - 1) * helpers // threads)
     step_bytes = 4 * classes * width  # from a class column to the next
     group_step, end = words_of(unit) * step_bytes, -(-k // classes) * step_bytes
     steps, extra = symbol("steps"), symbol("nr")
     chunk_name, chunk_source = chunk_code(gap_bits, tile, classes * width, unit)
     row_name, row_source = row_code(classes, classes // helpers, tile)
-    stage_name, stage_source = stage_code(tile, copies)
+    stage_name, stage_source = stage_code(tile, copies, normed)
+    weight_name, weight_source = weight_code(copies)
     eights = spec.x_dtype == "bfloat16" and k % 8 == 0
     turns = -(-k // (8 * threads))  # a thread reads 8 columns at a time, several times `together` before it waits
     together = min(turns, max(1, 3 // tile))
@@ -141,26 +155,42 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
         where = T.address_of(x[token, column])
         return T.cuda.func_call("tvms_read_x", where, source_code=READ, return_type="float32")
 
-    def stage_8(eight, first, shared, column):
-        pointers = T.address_of(eight[first]), T.address_of(shared[column * width])
+    def read_weights(norm, weight, turn, column):
+        pointers = T.address_of(norm[column]), T.address_of(weight[turn * 8])
+        return T.evaluate(T.cuda.func_call(weight_name, *pointers, source_code=weight_source))
+
+    def stage_8(eight, first, shared, column, weight, turn, squares):
+        pointers = [T.address_of(eight[first]), T.address_of(shared[column * width])]
+        if normed:
+            pointers += [T.address_of(weight[turn * 8]), T.address_of(squares[0])]
         return T.evaluate(T.cuda.func_call(stage_name, *pointers, source_code=stage_source))
 
     def scaled(value):
         return T.cuda.func_call("tvms_scale_x", value, source_code=SCALE, return_type="float32")
 
-    def class_sum(value):
-        return T.cuda.func_call("tvms_class_sum", value, helpers, source_code=CLASS_SUM, return_type="float32")
+    def lane_sum(value, lanes):
+        return T.cuda.func_call("tvms_class_sum", value, lanes, source_code=CLASS_SUM, return_type="float32")
+
+    def next_row(value):
+        return T.cuda.func_call("tvms_next_row", value, helpers, source_code=NEXT_ROW, return_type="float32")
+
+    def rounded(value):
+        return f32(T.cast(value, spec.out_dtype))
+
+    row_loop = T.unroll if add else T.serial  # what a thread keeps must be in registers
 
     @T.prim_func(s_tir=True)
     def matmul_delta(
         x: T.Buffer((m, k), spec.x_dtype),
+        norm: T.Buffer((k,), "float32"),
         words: T.Buffer((bins, steps, WARP, 8), "uint16"),
         lanes: T.Buffer((bins, threads), "uint32"),
         rows: T.Buffer((bins, 2, room), "int32"),
         scale: T.Buffer((1,), "int32"),
         res_col: T.Buffer((extra,), "int32"),
         res_val: T.Buffer((extra,), "bfloat16"),
-        y: T.Buffer((m, n), spec.out_dtype),
+        residual: T.Buffer((m, n), spec.out_dtype),
+        y: T.Buffer((m, spec.out_features), spec.out_dtype),
     ):
         bin = T.launch_thread("blockIdx.x", bins)
         tiles = T.launch_thread("blockIdx.y", T.ceildiv(m, tile))
@@ -188,6 +218,10 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
         total = T.alloc_buffer((tile,), "float32", scope="local")
         left = T.alloc_buffer((1,), "float32", scope="local")
         base = T.alloc_buffer((1,), "int32", scope="local")
+        up = T.alloc_buffer((1,), "float32", scope="local")
+        weight = T.alloc_buffer((turns * 8,), "float32", scope="local")
+        squares = T.alloc_buffer((1,), "float32", scope="local")
+        kept = T.alloc_buffer((row_turns,), "float32", scope="local")
 
         if T.bool(overlap == 1):
             start_dependents()
@@ -228,6 +262,12 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
                 group * span + stream + rank[0] + 1 + r, "uint16"
             )
 
+        if T.bool(normed):
+            squares[0] = T.float32(0)
+            for turn in T.unroll(turns):
+                if (turn * threads + thread) * 8 < k:
+                    read_weights(norm, weight, turn, (turn * threads + thread) * 8)
+
         if T.bool(overlap == 1):  # weights never depend on the kernel before, x does
             wait_for_inputs()
         if T.bool(eights):
@@ -243,7 +283,15 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
                 in_order()
                 for turn in T.unroll(together):
                     if ((block * together + turn) * threads + thread) * 8 < k:
-                        stage_8(eight, turn * tile, shared, ((block * together + turn) * threads + thread) * 8)
+                        stage_8(
+                            eight,
+                            turn * tile,
+                            shared,
+                            ((block * together + turn) * threads + thread) * 8,
+                            weight,
+                            block * together + turn,
+                            squares,
+                        )
         else:
             for token in T.unroll(tile):
                 for turn in range(T.ceildiv(k, threads)):
@@ -253,8 +301,19 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
                             left[0] = scaled(read(x, tiles * tile + token, turn * threads + thread))
                         for copy in T.unroll(copies):
                             shared[(turn * threads + thread) * width + copy * tile + token] = left[0]
+        if T.bool(normed):
+            squares[0] = lane_sum(squares[0], WARP)
+            if lane == 0:
+                shared[squared + warp] = squares[0]
         T.evaluate(T.ptx["cp.async.wait_all"]())
         T.tvm_storage_sync("shared.dyn")
+        if T.bool(add):  # of the rows whose sums this thread is to finish
+            for turn in T.unroll(row_turns):
+                row[0] = -1
+                if (turn * threads + thread) // helpers < room - 1 and thread % helpers == 0:
+                    row[0] = own[table + (turn * threads + thread) // helpers]
+                if row[0] >= 0:
+                    kept[turn] = read(residual, 0, row[0])
 
         # A chunk's registers are refilled only once it is multiplied: a copy would wait for the load it is to hide.
         while step[0] + 2 * depth <= step[1]:
@@ -276,9 +335,14 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
                 multiply(ring, at, part, sums, d, origin[0])
         for token in T.unroll(tile):
             put(part[0] + 4 * token, sums[token])
+        if T.bool(normed):
+            squares[0] = T.float32(0)
+            if lane < warps:
+                squares[0] = shared[squared + lane]
+            squares[0] = T.rsqrt(lane_sum(squares[0], WARP) / T.float32(k) + T.float32(spec.norm_eps))
         T.tvm_storage_sync("shared.dyn")
 
-        for turn in range(T.ceildiv((room - 1) * helpers, threads)):
+        for turn in row_loop(row_turns):
             slot: T.let[T.int32] = (turn * threads + thread) // helpers
             row[0] = -1
             if slot < room - 1:
@@ -292,23 +356,33 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
                     begins[2 * firsts + slot * classes + thread % helpers * (classes // helpers)], shared, total
                 )
             for token in T.unroll(tile):
-                total[token] = class_sum(total[token])
+                total[token] = lane_sum(total[token], helpers)
             if row[0] >= 0 and thread % helpers == 0:
                 for token in T.unroll(tile):
                     if tiles * tile + token < m:
                         left[0] = T.float32(0)
                         for p in range(rest[1] - rest[0]):
-                            left[0] += f32(res_val[rest[0] + p]) * read(
-                                x, tiles * tile + token, res_col[rest[0] + p]
-                            )
+                            up[0] = read(x, tiles * tile + token, res_col[rest[0] + p])
+                            if T.bool(normed):
+                                up[0] = up[0] * norm[res_col[rest[0] + p]]
+                            left[0] += f32(res_val[rest[0] + p]) * up[0]
                         # 2^(base - 96), built as the exponent field of a float32
-                        y[tiles * tile + token, row[0]] = T.cast(
+                        total[token] = (
                             total[token]
-                            * T.reinterpret(
-                                "float32", T.shift_left(base[0] + (127 - 96), T.int32(23))
-                            )
-                            + left[0],
-                            spec.out_dtype,
+                            * T.reinterpret("float32", T.shift_left(base[0] + (127 - 96), T.int32(23)))
+                            + left[0]
                         )
+                        if T.bool(normed):
+                            total[token] = total[token] * squares[0]
+                        if T.bool(add):
+                            total[token] = rounded(total[token]) + kept[turn]
+                        if T.bool(not gated):
+                            y[tiles * tile + token, row[0]] = T.cast(total[token], spec.out_dtype)
+            if T.bool(gated):
+                up[0] = next_row(total[0])
+                if row[0] >= 0 and thread % (2 * helpers) == 0:
+                    y[0, row[0]] = T.cast(silu(rounded(total[0])) * rounded(up[0]), spec.out_dtype)
 
-    return dependent(matmul_delta) if overlap else matmul_delta
+    unused = ([] if normed else ["norm"]) + ([] if add else ["residual"])
+    made = without_arguments(matmul_delta, unused)
+    return dependent(made) if overlap else made

@@ -31,7 +31,8 @@ _FIELD = 1 << 16  # a column, a row's rank in its bin, and a part's number fit 1
 
 
 class Delta:
-    """Options `gap_bits` g (3 to 6), `bins` B, `warps` W of a bin, `classes` R of columns, `unit` U (words).
+    """Options `gap_bits` g (3 to 6), `bins` B, `warps` W of a bin, `classes` R of columns, `unit` U (words); `pairs`,
+    where it stands, is 1.
 
     A word of 16 bits (U of 4 or 8), here for g = 4:
 
@@ -53,7 +54,8 @@ class Delta:
     very last word, 0x8000: the value -0.0, with gap 1, which ends it.
 
     Rows are dealt to bins of nearly equal size: a bin is what one CTA does, and B the CTAs a GPU holds at once. `rank`
-    is a row's place in its bin. The segments of a class stand one after the other, by rank, and are cut into one stream
+    is a row's place in its bin; with `pairs` row r has an even one and row r + N / 2 the next, so that a CTA can
+    compute with both. The segments of a class stand one after the other, by rank, and are cut into one stream
     for each lane of the class: lane l of a warp is of class l mod R, so there are S = 32 W / R streams, and stream s is
     lane s * R + class of the bin's 32 W. Warp w has steps [steps * w // W, steps * (w + 1) // W), a chunk, 8 or
     9 words, a step for each lane. A stream begins and ends anywhere in a segment and may touch many; what a class's
@@ -77,9 +79,11 @@ class Delta:
     name = "delta"
 
     def choice(
-        self, gap_bits: int = 4, bins: int = 132, warps: int = 24, classes: int = 8, unit: int = 4
+        self, gap_bits: int = 4, bins: int = 132, warps: int = 24, classes: int = 8, unit: int = 4, pairs: int = 0
     ) -> FormatChoice:
         options = {"gap_bits": gap_bits, "bins": bins, "warps": warps, "classes": classes, "unit": unit}
+        if pairs:
+            options["pairs"] = 1
         known = gap_bits in _GAPS.get(unit, ()) and bins >= 1 and 1 <= warps <= 32
         if not known or classes not in (1, 2, 4, 8, 16, 32):
             asked = ", ".join(f"{key}={value}" for key, value in options.items())
@@ -105,7 +109,7 @@ class Delta:
 
         Random rows leave the fullest class of a bin about seven deviations of a segment above the average.
         """
-        g, bins, warps, classes, unit = (value for _, value in choice.options)
+        g, bins, warps, classes, unit, *_ = (value for _, value in choice.options)
         n, chunk = stats.shape[0], words_of(unit)
         segment = stats.words[g] / (n * classes) + (unit + 1) / 2  # which ends anywhere in its last unit
         fullest = n / bins * segment + 7 * sqrt(segment * (1 - stats.density))
@@ -130,11 +134,11 @@ class Delta:
         (n, k), device = bits.shape, bits.device
         if not _fits((n, k), choice):
             raise Refusal(f"[{n}, {k}] in {choice}: more than {_FIELD - 1} columns, or rows of a bin: use more bins")
-        g, bins, warps, classes, unit = (value for _, value in choice.options)
+        g, bins, warps, classes, unit, *_ = (value for _, value in choice.options)
         chunk = words_of(unit)
         code, surveys = _surveyed(bits, g, bits_of(unit), classes)
         units = torch.cat([part.words for part in surveys]).view(n, classes) // unit + 1
-        dealt = deal(units, bins)
+        dealt = deal(units, bins, in_pairs(choice))
         lanes = WARP // classes
         steps = -(-int(dealt.end[:, :, -1].max()) * unit // (chunk * lanes))
         words = bits.new_zeros(bins, classes, steps * lanes, chunk)
@@ -173,7 +177,7 @@ class Delta:
 
     def unpack(self, packed: Packed) -> torch.Tensor:
         n, k = packed.shape
-        g, bins, warps, classes, unit = (value for _, value in packed.choice.options)
+        g, bins, warps, classes, unit, *_ = (value for _, value in packed.choice.options)
         parts = packed.buffers
         code = Code(g, int(parts["scale"]), bits_of(unit))
         slots = unweave(parts["words"].view(torch.int16), warps, classes)
@@ -203,6 +207,14 @@ class Delta:
         return out.view(torch.bfloat16)
 
 
+def in_pairs(choice: FormatChoice) -> bool:
+    return "pairs" in dict(choice.options)
+
+
+def with_pairs(choice: FormatChoice) -> FormatChoice:
+    return FormatChoice(choice.name, (*choice.options, ("pairs", 1)))
+
+
 def gpu_classes(columns: int) -> int:
     """As few classes as let x stand 32 / classes times in 96 KB of shared memory: fewer pad less, but stage longer."""
     classes = 1
@@ -218,7 +230,7 @@ def _outside(stats: Stats, choice: FormatChoice) -> int:
 def _fits(shape: Shape, choice: FormatChoice) -> bool:
     n, k = shape
     parts = choice.option("classes") * slots(n, choice.option("bins")) + WARP * choice.option("warps")
-    return k < _FIELD and parts < _FIELD
+    return k < _FIELD and parts < _FIELD and not (in_pairs(choice) and n % 2)
 
 
 def _segments(bits: torch.Tensor, classes: int) -> torch.Tensor:

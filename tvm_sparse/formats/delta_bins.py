@@ -35,28 +35,30 @@ class Bins:
     end: torch.Tensor
 
 
-def deal(units: torch.Tensor, bins: int) -> Bins:
-    """int64 [N, classes], units of each segment -> Bins.
+def deal(units: torch.Tensor, bins: int, pairs: bool = False) -> Bins:
+    """int64 [N, classes], units of each segment -> Bins; as `pairs`, rows r and r + N / 2 are neighbours.
 
     The longest row first, each to the bin with a slot free where it adds least to the sum of e^load over the bins'
     classes, loads in a few standard deviations of a segment: only what is fuller than the rest counts. (The emptiest
     bin for each row would leave the fullest class 1 to 4 % above the average; this leaves it 0.2 to 1.5 %.)
     """
     n, classes = units.shape
-    room = slots(n, bins)
-    order = units.sum(1).sort(descending=True, stable=True).indices.cpu()
-    growth = units.cpu()[order].double().numpy()
+    room, side = slots(n, bins), 2 if pairs else 1
+    dealt = units.view(side, -1, classes).sum(0)
+    order = dealt.sum(1).sort(descending=True, stable=True).indices.cpu()
+    growth = dealt.cpu()[order].double().numpy()
     growth *= min(0.3 / max(growth.std(), 1.0), 50.0 / growth.max())
     shift = np.exp(-growth.sum(1) / (bins * classes))  # e^load is held relative to the average load
     growth = np.exp(growth)
-    load, taken, place = np.ones((bins, classes)), [0] * bins, [0] * n
+    load, taken, place = np.ones((bins, classes)), [0] * bins, [0] * len(order)
     for i, grown in enumerate(growth):
         b = int((load @ (grown - 1)).argmin())
         place[i] = b * room + taken[b]
-        taken[b] += 1
+        taken[b] += side
         load *= shift[i]
-        load[b] = load[b] * grown if taken[b] < room - 1 else np.inf
-    slot = torch.empty(n, dtype=torch.int64).index_copy_(0, order, torch.tensor(place)).to(units.device)
+        load[b] = load[b] * grown if taken[b] + side < room else np.inf
+    first = torch.empty(len(order), dtype=torch.int64).index_copy_(0, order, torch.tensor(place))
+    slot = torch.cat([first + i for i in range(side)]).to(units.device)
     row_of = slot.new_full((bins * room,), -1)
     row_of[slot] = torch.arange(n, device=slot.device)
     length = units.new_zeros(bins * room, classes)

@@ -1,0 +1,40 @@
+"""FuseGates: the gate of an MLP is computed by the product before it.
+
+    z = call_tir(product, (x, w...))                ->    y = call_tir(product_silu_mul, (x, w...))
+    y = call_tir(silu_mul, (z,))
+
+Where the product's matrix is packed in pairs, so that its kernel holds both factors of a number, and the step is one
+token's. Runs between LowerSparseMatmul and ApplySchedules, on sketches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import tvm
+from tvm import relax
+
+from tvm_sparse.passes.kernel_calls import KernelCalls, tidy
+from tvm_sparse.passes.linear import relax_functions
+from tvm_sparse.schedules.table import fuses
+
+
+@tvm.transform.module_pass(opt_level=0)
+class FuseGates:
+    def transform_module(self, mod: tvm.IRModule, _: tvm.transform.PassContext) -> tvm.IRModule:
+        fuser = _Fuser(mod.clone())
+        for gvar, function in relax_functions(mod).items():
+            fuser.rewrite(gvar, function)
+        return tidy(fuser.builder_.get())
+
+
+@relax.expr_functor.mutator
+class _Fuser(KernelCalls):
+    def visit_call_(self, call: relax.Call) -> relax.Expr:
+        if self.operation(call) and self.operation(call)[0] == "silu_mul":
+            product = self.sole_producer(call.args[1][0])
+            spec = self.spec(product)
+            fused = replace(spec, after="silu_mul") if spec is not None and not spec.after else None
+            if fused is not None and fuses(fused):
+                return self.call(fused, product.args[1])
+        return super().visit_call_(call)

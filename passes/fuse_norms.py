@@ -1,0 +1,46 @@
+"""FuseNorms: a norm is computed by the product after it.
+
+    y = call_tir(rms_norm, (h, norm))               ->    z = call_tir(product_norm, (h, norm, w...))
+    z = call_tir(product, (y, w...))
+
+norm(h) W^T = s (h norm) W^T, where s, the inverse of the root mean square, is known once all of h is read: the kernel
+multiplies the sums with it. For one token, where the product's kernel can (schedules/table.py, `fuses`) and nothing
+else reads y. Runs between LowerSparseMatmul and ApplySchedules, on sketches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import tvm
+from tvm import relax
+
+from tvm_sparse.passes.kernel_calls import KernelCalls, tidy
+from tvm_sparse.passes.linear import relax_functions
+from tvm_sparse.schedules.table import fuses
+
+
+@tvm.transform.module_pass(opt_level=0)
+class FuseNorms:
+    def transform_module(self, mod: tvm.IRModule, _: tvm.transform.PassContext) -> tvm.IRModule:
+        fuser = _Fuser(mod.clone())
+        for gvar, function in relax_functions(mod).items():
+            fuser.rewrite(gvar, function)
+        return tidy(fuser.builder_.get())
+
+
+@relax.expr_functor.mutator
+class _Fuser(KernelCalls):
+    def visit_call_(self, call: relax.Call) -> relax.Expr:
+        spec = self.spec(call)
+        if spec is None:
+            return super().visit_call_(call)
+        y, *buffers = call.args[1]
+        norm = self.sole_producer(y)
+        name, *static = self.operation(norm) or [""]
+        if name != "rms_norm":
+            return super().visit_call_(call)
+        fused = replace(spec, norm_eps=static[2])
+        if not fuses(fused):
+            return super().visit_call_(call)
+        return self.call(fused, [*norm.args[1], *buffers])

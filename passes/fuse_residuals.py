@@ -1,0 +1,47 @@
+"""FuseResiduals: the residual stream is summed by the product that brings the next summand.
+
+    z = call_tir(product, (x, w...))                ->    h = call_tir(product_add, (x, w..., r))
+    h, y = call_tir(add_rms_norm, (r, z, norm))           y = call_tir(rms_norm, (h, norm))
+
+For one token, where the product's kernel can (schedules/table.py, `fuses`). The norm is left to FuseNorms. Runs between
+LowerSparseMatmul and ApplySchedules, on sketches.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import tvm
+from tvm import relax
+
+from tvm_sparse.passes.kernel_calls import KernelCalls, tidy
+from tvm_sparse.passes.linear import relax_functions
+from tvm_sparse.schedules.ops import ModelOps
+from tvm_sparse.schedules.table import fuses
+
+
+@tvm.transform.module_pass(opt_level=0)
+class FuseResiduals:
+    def transform_module(self, mod: tvm.IRModule, _: tvm.transform.PassContext) -> tvm.IRModule:
+        fuser = _Fuser(mod.clone())
+        for gvar, function in relax_functions(mod).items():
+            fuser.rewrite(gvar, function)
+        return tidy(fuser.builder_.get())
+
+
+@relax.expr_functor.mutator
+class _Fuser(KernelCalls):
+    def visit_call_(self, call: relax.Call) -> relax.Expr:
+        name, *static = self.operation(call) or [""]
+        if name != "add_rms_norm":
+            return super().visit_call_(call)
+        residual, summand, weight = call.args[1]
+        product = self.sole_producer(summand)
+        spec = self.spec(product)
+        fused = replace(spec, after="add") if spec is not None and not spec.after else None
+        if fused is None or not fuses(fused):
+            return super().visit_call_(call)
+        total = self.builder_.emit(self.call(fused, [*product.args[1], residual]))
+        norm = self.function(ModelOps(spec.device).rms_norm(*static), "rms_norm")
+        y = relax.op.call_tir(norm, relax.Tuple([total, self.visit_expr(weight)]), total.ty)
+        return relax.Tuple([total, self.builder_.emit(y)])
