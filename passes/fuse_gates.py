@@ -9,14 +9,11 @@ token's. Runs between LowerSparseMatmul and ApplySchedules, on sketches.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import tvm
 from tvm import relax
 
 from tvm_sparse.passes.kernel_calls import KernelCalls, tidy
 from tvm_sparse.passes.linear import relax_functions
-from tvm_sparse.schedules.table import fuses
 
 
 @tvm.transform.module_pass(opt_level=0)
@@ -31,10 +28,8 @@ class FuseGates:
 @relax.expr_functor.mutator
 class _Fuser(KernelCalls):
     def visit_call_(self, call: relax.Call) -> relax.Expr:
-        if self.operation(call) and self.operation(call)[0] == "silu_mul":
-            product = self.sole_producer(call.args[1][0])
-            spec = self.spec(product)
-            fused = replace(spec, after="silu_mul") if spec is not None and not spec.after else None
-            if fused is not None and fuses(fused):
-                return self.call(fused, product.args[1])
+        if self.operation(call)[0] == "silu_mul":
+            found = self.product(self.sole_producer(call.args[1][0]), after="silu_mul")
+            if found is not None:
+                return self.call(*found)
         return super().visit_call_(call)

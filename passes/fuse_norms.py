@@ -10,14 +10,11 @@ else reads y. Runs between LowerSparseMatmul and ApplySchedules, on sketches.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import tvm
 from tvm import relax
 
 from tvm_sparse.passes.kernel_calls import KernelCalls, tidy
 from tvm_sparse.passes.linear import relax_functions
-from tvm_sparse.schedules.table import fuses
 
 
 @tvm.transform.module_pass(opt_level=0)
@@ -32,15 +29,12 @@ class FuseNorms:
 @relax.expr_functor.mutator
 class _Fuser(KernelCalls):
     def visit_call_(self, call: relax.Call) -> relax.Expr:
-        spec = self.spec(call)
-        if spec is None:
-            return super().visit_call_(call)
-        y, *buffers = call.args[1]
-        norm = self.sole_producer(y)
-        name, *static = self.operation(norm) or [""]
-        if name != "rms_norm":
-            return super().visit_call_(call)
-        fused = replace(spec, norm_eps=static[2])
-        if not fuses(fused):
-            return super().visit_call_(call)
-        return self.call(fused, [*norm.args[1], *buffers])
+        if self.spec(call) is not None:
+            norm = self.sole_producer(call.args[1][0])
+            name, *static = self.operation(norm)
+            if norm is not None and name == "rms_norm":
+                found = self.product(call, norm_eps=static[2])
+                if found is not None:
+                    spec, (_, *buffers) = found
+                    return self.call(spec, [*norm.args[1], *buffers])
+        return super().visit_call_(call)

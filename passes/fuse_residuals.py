@@ -9,15 +9,12 @@ LowerSparseMatmul and ApplySchedules, on sketches.
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import tvm
 from tvm import relax
 
 from tvm_sparse.passes.kernel_calls import KernelCalls, tidy
 from tvm_sparse.passes.linear import relax_functions
 from tvm_sparse.schedules.ops import ModelOps
-from tvm_sparse.schedules.table import fuses
 
 
 @tvm.transform.module_pass(opt_level=0)
@@ -32,16 +29,15 @@ class FuseResiduals:
 @relax.expr_functor.mutator
 class _Fuser(KernelCalls):
     def visit_call_(self, call: relax.Call) -> relax.Expr:
-        name, *static = self.operation(call) or [""]
+        name, *static = self.operation(call)
         if name != "add_rms_norm":
             return super().visit_call_(call)
         residual, summand, weight = call.args[1]
-        product = self.sole_producer(summand)
-        spec = self.spec(product)
-        fused = replace(spec, after="add") if spec is not None and not spec.after else None
-        if fused is None or not fuses(fused):
+        found = self.product(self.sole_producer(summand), after="add")
+        if found is None:
             return super().visit_call_(call)
-        total = self.builder_.emit(self.call(fused, [*product.args[1], residual]))
-        norm = self.function(ModelOps(spec.device).rms_norm(*static), "rms_norm")
+        spec, arguments = found
+        total = self.builder_.emit(self.call(spec, [*arguments, residual]))
+        norm = self.builder_.add_func(ModelOps(spec.device).rms_norm(*static), "rms_norm")
         y = relax.op.call_tir(norm, relax.Tuple([total, self.visit_expr(weight)]), total.ty)
         return relax.Tuple([total, self.builder_.emit(y)])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections import Counter
 from collections.abc import Sequence
+from dataclasses import replace
 
 import tvm
 from tvm import relax
@@ -13,7 +14,7 @@ from tvm_sparse.passes.linear import bindings
 from tvm_sparse.schedules.ops import OPERATION_ATTR
 from tvm_sparse.schedules.space import sketch
 from tvm_sparse.schedules.spec import KernelSpec
-from tvm_sparse.schedules.table import SPEC_ATTR
+from tvm_sparse.schedules.table import SPEC_ATTR, fuses
 
 _CALL_TIR = tvm.ir.Op.get("relax.call_tir")
 
@@ -39,17 +40,25 @@ class KernelCalls(relax.PyExprMutator):
             return None
         return self.mod[call.args[0]]
 
-    def operation(self, call: relax.Expr | None) -> list | None:
-        """[name, its builder's arguments...] of one of the model's operations (schedules/ops.py), where it is one."""
+    def operation(self, call: relax.Expr | None) -> list:
+        """[name, its builder's arguments...] of one of the model's operations (schedules/ops.py), [""] of none."""
         callee = self._callee(call)
         noted = callee.attrs.get(OPERATION_ATTR) if callee is not None else None
-        return json.loads(str(noted)) if noted is not None else None
+        return json.loads(str(noted)) if noted is not None else [""]
 
     def spec(self, call: relax.Expr | None) -> KernelSpec | None:
         """Of a matmul kernel's call; host code that chooses among several (schedules/product.py) is none."""
         callee = self._callee(call)
         noted = callee.attrs.get(SPEC_ATTR) if callee is not None else None
         return KernelSpec.from_json(noted) if noted is not None else None
+
+    def product(self, call: relax.Expr | None, **besides) -> tuple[KernelSpec, list[relax.Expr]] | None:
+        """A product's spec with more fused into it, where there is such a kernel, and the call's arguments."""
+        spec = self.spec(call)
+        if call is None or spec is None or any(getattr(spec, key) for key in besides):
+            return None
+        fused = replace(spec, **besides)
+        return (fused, list(call.args[1])) if fuses(fused) else None
 
     def sole_producer(self, var: relax.Expr) -> relax.Expr | None:
         """What a variable is bound to, where nothing else reads it."""
@@ -61,9 +70,6 @@ class KernelCalls(relax.PyExprMutator):
             self.kernels[spec] = self.builder_.add_func(sketch(spec), spec.name)
         out = relax.TensorType((spec.m, spec.out_features), spec.out_dtype)
         return relax.op.call_tir(self.kernels[spec], self.visit_expr(relax.Tuple(arguments)), out)
-
-    def function(self, function: tvm.tirx.PrimFunc, name: str) -> tvm.ir.GlobalVar:
-        return self.builder_.add_func(function, name)
 
 
 def tidy(mod: tvm.IRModule) -> tvm.IRModule:
