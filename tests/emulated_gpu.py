@@ -77,7 +77,7 @@ static unsigned tvms_early_load(const void* from) { return *(const unsigned*)fro
 static uint4 tvms_read_8(const void* x) { return *(const uint4*)x; }
 static float tvms_read_x(const nv_bfloat16* x) { return *x; }
 static float tvms_read_x(const float* x) { return *x; }
-static void tvms_read_pair(const float* from, float* to) { to[0] = from[0], to[1] = from[1]; }
+static float2 tvms_read_pair(const float* from) { return {from[0], from[1]}; }
 static int tvms_address(const void* p) { return (const char*)p - (const char*)shared_ptr; }
 template <class T> static T& tvms_at(int at) { return *(T*)((char*)shared_ptr + at); }
 static float tvms_get(int at) { return tvms_at<float>(at); }
@@ -109,6 +109,7 @@ def compile_kernel(source: str, name: str, folder: Path):
     kernel = re.search(rf'^extern "C" __global__ void [^;]*?{name}_kernel\(([^()]*)\) \{{.*?^\}}$', source, re.S | re.M)
     body = re.sub(r"extern __shared__ __align__\(\d+\) float shared_ptr\w*\[\];", "", kernel.group(0))
     body = re.sub(r"\bshared_ptr_float\b", "shared_ptr", body)
+    body = body.replace("alignas(64) ", "")  # nothing to spare behind an array that is too small
     body = re.sub(r"tvm_builtin_ptx_cp_async_\w*16\(tvm_builtin_cuda_cvta_generic_to_shared\(", "copy_async((", body)
     body = re.sub(r"^ *tvm_builtin_ptx_\w+\([^;]*\);$", "", body, flags=re.M)
     kinds = [part.rpartition(" ")[0].replace("__restrict__", "") for part in kernel.group(1).split(", ")]

@@ -49,8 +49,10 @@ __device__ __forceinline__ uint4 tvms_read_8(const void* x) {
   asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];" : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(x));
   return v;
 }
-__device__ __forceinline__ void tvms_read_pair(const float* from, float* to) {
-  asm volatile("ld.global.v2.f32 {%0, %1}, [%2];" : "=f"(to[0]), "=f"(to[1]) : "l"(from));
+__device__ __forceinline__ float2 tvms_read_pair(const float* from) {
+  float2 v;
+  asm volatile("ld.global.v2.f32 {%0, %1}, [%2];" : "=f"(v.x), "=f"(v.y) : "l"(from));
+  return v;
 }
 __device__ __forceinline__ float tvms_read_x(const nv_bfloat16* x) {
   unsigned short v;
@@ -72,13 +74,15 @@ def _first_pair(width: int) -> str:
 
 
 def weight_code(copies: int) -> tuple[str, str]:
-    """Name and source of the function that reads the norm's weights of 8 columns, in the order of `stage_code`."""
+    """Name and source of the function that reads the norm's weights of 4 out of 8 columns, first those that
+    `stage_code` takes first.
+    """
     name = f"tvms_norm_weights_c{copies}"
     source = f"""
-__device__ __forceinline__ void {name}(const float* from, float* to) {{
-  int turn = {_first_pair(copies)};
-#pragma unroll
-  for (int j = 0; j < 4; ++j) tvms_read_pair(from + 2 * (j + turn & 3), to + 2 * j);
+__device__ __forceinline__ float4 {name}(const float* from, int half) {{
+  int turn = ({_first_pair(copies)}) + 2 * half;
+  float2 a = tvms_read_pair(from + 2 * (turn & 3)), b = tvms_read_pair(from + 2 * (turn + 1 & 3));
+  return make_float4(a.x, a.y, b.x, b.y);
 }}
 """
     return name, READ + source
@@ -107,7 +111,8 @@ def stage_code(tile: int, copies: int, normed: bool = False) -> tuple[str, str]:
             lines.append(f"  b{token} = __uint_as_float(p{token}[{j}] & 0xffff0000u);")
             if normed:
                 lines.append("  *squares = fmaf(a0, a0, fmaf(b0, b0, *squares));")
-                lines.append(f"  a0 *= weight[{2 * j}], b0 *= weight[{2 * j + 1}];")
+                half, (first, second) = j // 2, ("xy", "zw")[j % 2]
+                lines.append(f"  a0 *= weight{half}.{first}, b0 *= weight{half}.{second};")
             lines += [f"  {column}{token} = tvms_scale_x({column}{token});" for column in "ab"]
         column = {c: [f"{c}{token}" for _ in range(copies) for token in range(tile)] for c in "ab"}
         if width == 1:
@@ -121,7 +126,7 @@ def stage_code(tile: int, copies: int, normed: bool = False) -> tuple[str, str]:
                     place = f"to + at + ({order}second ? {width} : 0) + {i}"
                     lines.append(f"  *(float4*)({place}) = {order}second ? {b} : {a};")
     body = "\n".join(lines)
-    more = ", const float* weight, float* squares" if normed else ""
+    more = ", float4 weight0, float4 weight1, float* squares" if normed else ""
     return name, f"{SCALE}__device__ __forceinline__ void {name}(const uint4* v, float* to{more}) {{\n{body}\n}}\n"
 
 

@@ -155,14 +155,14 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
         where = T.address_of(x[token, column])
         return T.cuda.func_call("tvms_read_x", where, source_code=READ, return_type="float32")
 
-    def read_weights(norm, weight, turn, column):
-        pointers = T.address_of(norm[column]), T.address_of(weight[turn * 8])
-        return T.evaluate(T.cuda.func_call(weight_name, *pointers, source_code=weight_source))
+    def norm_weights(norm, column, half):
+        where = T.address_of(norm[column])
+        return T.cuda.func_call(weight_name, where, half, source_code=weight_source, return_type="float32x4")
 
     def stage_8(eight, first, shared, column, weight, turn, squares):
         pointers = [T.address_of(eight[first]), T.address_of(shared[column * width])]
         if normed:
-            pointers += [T.address_of(weight[turn * 8]), T.address_of(squares[0])]
+            pointers += [weight[2 * turn], weight[2 * turn + 1], T.address_of(squares[0])]
         return T.evaluate(T.cuda.func_call(stage_name, *pointers, source_code=stage_source))
 
     def scaled(value):
@@ -219,7 +219,7 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
         left = T.alloc_buffer((1,), "float32", scope="local")
         base = T.alloc_buffer((1,), "int32", scope="local")
         up = T.alloc_buffer((1,), "float32", scope="local")
-        weight = T.alloc_buffer((turns * 8,), "float32", scope="local")
+        weight = T.alloc_buffer((turns * 2,), "float32x4", scope="local")
         squares = T.alloc_buffer((1,), "float32", scope="local")
         kept = T.alloc_buffer((row_turns,), "float32", scope="local")
 
@@ -266,7 +266,8 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
             squares[0] = T.float32(0)
             for turn in T.unroll(turns):
                 if (turn * threads + thread) * 8 < k:
-                    read_weights(norm, weight, turn, (turn * threads + thread) * 8)
+                    weight[2 * turn] = norm_weights(norm, (turn * threads + thread) * 8, 0)
+                    weight[2 * turn + 1] = norm_weights(norm, (turn * threads + thread) * 8, 1)
 
         if T.bool(overlap == 1):  # weights never depend on the kernel before, x does
             wait_for_inputs()
