@@ -23,7 +23,8 @@ def main(out: str, machines: list[str]) -> None:
     began = time.perf_counter()
     functions, products, rows = gather(ragged())
     for case in cases.matmuls():
-        spec = KernelSpec(case.choice, case.n, case.k, case.m, case.x_dtype, case.out_dtype, "sm_90a")
+        ends = case.x_dtype, case.out_dtype, "sm_90a", case.norm_eps, case.after
+        spec = KernelSpec(case.choice, case.n, case.k, case.m, *ends)
         functions[case.name] = instantiate(spec, dict(case.decisions))
     for shape in cases.SHAPES:
         functions |= cases.operations(shape, ModelOps("cuda"))

@@ -13,7 +13,7 @@ TOKENS: tuple[int | None, ...] = (1, 3, None)
 
 @dataclass(frozen=True)
 class Matmul:
-    """One kernel under test; `decisions` empty means the defaults."""
+    """One kernel under test; `decisions` empty means the defaults, `norm_eps` and `after` are KernelSpec's."""
 
     choice: FormatChoice
     n: int
@@ -22,13 +22,16 @@ class Matmul:
     x_dtype: str
     out_dtype: str
     decisions: tuple[tuple[str, int], ...] = ()
+    norm_eps: float = 0.0
+    after: str = ""
 
     @property
     def name(self) -> str:
         options = "_".join(f"{value}" for _, value in self.choice.options)
         chosen = "_".join(f"{key}{value}" for key, value in self.decisions)
         parts = ("w" + self.choice.name.replace(":", "to"), options, f"{self.n}x{self.k}", f"m{self.m}")
-        return "_".join((*parts, self.x_dtype, self.out_dtype, chosen))
+        fused = "norm" if self.norm_eps else ""
+        return "_".join((*parts, self.x_dtype, self.out_dtype, chosen, fused, self.after))
 
 
 def _choices() -> list[FormatChoice]:
@@ -66,6 +69,15 @@ def matmuls() -> list[Matmul]:
     found += [Matmul(c, 1555, 1544, m, "bfloat16", "bfloat16") for c in usual for m in (2, 4, 5, 8, 12, 16, 24)]
     tiles = FORMATS["tiles"].choice(4, 20, 8, 2, 5)
     found += [Matmul(tiles, 1555, 1544, m, "bfloat16", "bfloat16") for m in (*range(1, 17), 17, 40)]
+    for (n, k), unit, pairs, out_dtype, eps, after in (
+        ((34816, 5120), 9, 1, "bfloat16", 1e-6, "silu_mul"),
+        ((5120, 6144), 9, 0, "bfloat16", 0.0, "add"),
+        ((1000, 5120), 4, 0, "float32", 1e-6, ""),
+        ((600, 136), 4, 1, "float32", 1e-6, "silu_mul"),
+        ((333, 100), 9, 0, "float32", 0.0, "add"),
+    ):
+        choice = FORMATS["delta"].choice(unit=unit, pairs=pairs)
+        found.append(Matmul(choice, n, k, 1, "bfloat16", out_dtype, (), eps, after))
     return found
 
 

@@ -43,6 +43,19 @@ def weight(case: cases.Matmul) -> torch.Tensor:
     return w if options.get("width") == 32 else w.bfloat16()
 
 
+def wanted(case: cases.Matmul, x, norm, residual, w) -> torch.Tensor:
+    """What the kernel is to compute, in float64."""
+    if case.norm_eps:
+        x = x * torch.rsqrt(x.square().mean(1, keepdim=True) + case.norm_eps) * norm
+    y = x @ w.T
+    if case.after == "add":
+        return y + residual
+    if case.after == "silu_mul":
+        gate, up = y.chunk(2, 1)
+        return torch.nn.functional.silu(gate) * up
+    return y
+
+
 def check(case: cases.Matmul, kernel) -> float:
     w = weight(case)
     packed = FORMATS[case.choice.name].pack(w, case.choice)
@@ -50,11 +63,14 @@ def check(case: cases.Matmul, kernel) -> float:
     worst = 0.0
     for tokens in (case.m,) if case.m is not None else (1, 5, 70):
         x = torch.randn(tokens, case.k, device=DEVICE).to(getattr(torch, case.x_dtype))
-        reference = x.double() @ w.double().T
+        norm = torch.randn(case.k, device=DEVICE)
+        residual = torch.randn(tokens, case.n, device=DEVICE).to(getattr(torch, case.out_dtype))
+        arguments = [x, *([norm] if case.norm_eps else []), *buffers, *([residual] if case.after == "add" else [])]
+        reference = wanted(case, x.double(), norm.double(), residual.double(), w.double())
         results = []
         for _ in range(2):
-            y = Output(tokens, case.n, dtype=getattr(torch, case.out_dtype))
-            kernel(x, *buffers, y.tensor)
+            y = Output(*reference.shape, dtype=getattr(torch, case.out_dtype))
+            kernel(*arguments, y.tensor)
             torch.cuda.synchronize()
             assert y.unharmed(), f"{case.name}: written outside the output"
             results.append(y.tensor)
