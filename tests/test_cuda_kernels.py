@@ -41,6 +41,8 @@ def specs():
     for choice in CHOICES:
         for m in (1, 3, None):
             yield KernelSpec(choice, 100, 72, m, "bfloat16", "float32", "sm_90a")
+    yield KernelSpec(FORMATS["delta"].choice(pairs=1), 100, 72, 1, "bfloat16", "float32", "sm_90a", 1e-6, "silu_mul")
+    yield KernelSpec(FORMATS["delta"].choice(), 100, 72, 1, "bfloat16", "float32", "sm_90a", 0.0, "add")
 
 
 def signature(function: tvm.tirx.PrimFunc) -> list[tuple[str, ...]]:
