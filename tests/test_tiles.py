@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from tvm_sparse.errors import Refusal
 from tvm_sparse.formats import FORMATS, measure, pack, unpack
-from tvm_sparse.formats.tile_words import WINDOW
+from tvm_sparse.formats.tile_words import RING
 from tvm_sparse.formats.tiles import best_cut, cut_of
 from tvm_sparse.plan import decide, expected_stats
 from tvm_sparse.targets import MACHINES
@@ -69,19 +69,22 @@ def walk(packed) -> np.ndarray:
     lanes = np.arange(32)
     for index, (first, rounds, count, _) in enumerate(parts["warps"]):
         bin, warp = divmod(index, cut.warps)
-        ring, position, step = np.zeros((32, WINDOW), np.int64), np.zeros(32, np.int64), 0
+        ring, position, step = np.zeros((32, RING, 2), np.int64), np.zeros((32, 2), np.int64), 0
         for turn in range(rounds):
-            for word in words[first + turn].T:
+            for word in words[first + turn].reshape(32, 4, 2).transpose(1, 0, 2):
                 position += (word >> shift) & ((1 << cut.gap_bits) - 1)
-                ring[lanes, position % WINDOW] = word & (0x8000 | ((1 << shift) - 1))
+                for half in range(2):
+                    value = word[:, half] & (0x8000 | ((1 << shift) - 1))
+                    ring[lanes, position[:, half] % RING, half] = value
             for _ in range(int(parts["counts"][count + turn // 8]) >> (4 * (turn % 8)) & 15):
                 column = (cut.begin()[warp // cut.sets] + step // 2) * 32 + step % 2 * 4
-                for p in range(cut.step):
-                    slot, tile = (step * cut.step + p) % WINDOW, p // 4
-                    for lane in np.nonzero(ring[:, slot])[0]:
-                        row, at = rows[bin, warp % cut.sets, tile, lane // 4], column + lane % 4 * 8 + p % 4
+                for register in range(cut.step):
+                    slot, tile = step % (RING // cut.step) * cut.step + register, register // 2
+                    for lane, half in zip(*np.nonzero(ring[:, slot]), strict=True):
+                        row = rows[bin, warp % cut.sets, tile, lane // 4]
+                        at = column + lane % 4 * 8 + register % 2 * 2 + half
                         assert out[row, at] == 0 and row >= 0
-                        value = ring[lane, slot]
+                        value = ring[lane, slot, half]
                         out[row, at] = value & 0x8000 | (value & 0x7FFF) + (base << 7)
                     ring[:, slot] = 0
                 step += 1

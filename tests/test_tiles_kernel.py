@@ -14,10 +14,14 @@ from tvm_sparse.schedules.table import decoder, instantiate
 # What tensor_core's shim does not have: shared memory at 32-bit addresses, two bfloat16 at once.
 SHIM = r"""
 #define TVMS_TILES_DEVICE
-static unsigned tvms_shared_address(const void* p) { return (unsigned)((unsigned char*)p - shared_memory) + 1024; }
+static void tvms_need_shared_memory_at_once(const void* p) { if (p != shared_memory) abort(); }
 static unsigned char* at_address(unsigned at, int align) {
-  if (at % align || at < 1024 || at - 1024 >= sizeof shared_memory) abort();
-  return shared_memory + (at - 1024);
+  if (at % align || at >= sizeof shared_memory) abort();
+  return shared_memory + at;
+}
+static unsigned long long __shfl_sync(unsigned all, unsigned long long value, int lane) {
+  return (unsigned)__shfl_sync(all, (int)value, lane)
+      | (unsigned long long)(unsigned)__shfl_sync(all, (int)(value >> 32), lane) << 32;
 }
 static void tvms_put_half(unsigned at, unsigned value) { memcpy(at_address(at, 2), &value, 2); }
 static void tvms_put_zeros(unsigned at) { memset(at_address(at, 16), 0, 16); }

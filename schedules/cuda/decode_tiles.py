@@ -28,7 +28,7 @@ __device__ __forceinline__ void tvms_decode_tiles(
     const int* scale, const int* res_col, const void* res_val, void* dense, void* memory) {
   const int REGISTERS = 2 * TILES, BLOCKS = (K + 31) / 32, PLACES = SETS * TILES * 8;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, part = warp / SETS;
-  tvms_ring<GAP_BITS, PARTS * SETS, 4> own;
+  tvms_ring<GAP_BITS, PARTS * SETS, REGISTERS, 4> own;
   own.begin(words, counts, warps, memory);
   const unsigned base = (unsigned)*scale << 7;
   const int* places = rows + blockIdx.x * PLACES;
@@ -37,15 +37,12 @@ __device__ __forceinline__ void tvms_decode_tiles(
   for (int i = 0; i < TILES; ++i) row[i] = places[(warp % SETS * TILES + i) * 8 + lane / 4];
   const int begin = BLOCKS * part / PARTS, end = BLOCKS * (part + 1) / PARTS;
   int steps = 2 * begin;
-  unsigned first[REGISTERS], reader = lane * 4;
+  unsigned first[REGISTERS];
   auto write = [&]() {
     unsigned b[REGISTERS];
+    own.take(b, [](int i) { return i; });
 #pragma unroll
-    for (int i = 0; i < REGISTERS; ++i) {
-      const unsigned at = ((reader + i * 128) & (own.RING - 1)) | own.ring;
-      b[i] = tvms_with_base(tvms_take_own(at), base);
-    }
-    reader += REGISTERS * 128;
+    for (int i = 0; i < REGISTERS; ++i) b[i] = tvms_with_base(b[i], base);
     const int column = steps / 2 * 32 + lane % 4 * 8;
     if (steps++ % 2 == 0) {
 #pragma unroll
@@ -58,7 +55,9 @@ __device__ __forceinline__ void tvms_decode_tiles(
         *(uint4*)((ushort*)dense + (long long)row[i] * K + column) =
             make_uint4(first[2 * i], first[2 * i + 1], b[2 * i], b[2 * i + 1]);
   };
-  own.walk(write);
+  own.walk([&](unsigned passed) {
+    for (; passed; --passed) write();
+  });
   while (steps < 2 * end) write();
   __syncthreads();  // the residual's places have been written as zeros
   for (int place = threadIdx.x; place < PLACES; place += PARTS * SETS * 32) {

@@ -34,7 +34,6 @@ template <> struct tvms_eight<nv_bfloat16> {
   static const int PARTS = 1, AT_ONCE = 8;
   uint4 raw;
   __device__ __forceinline__ void load(const nv_bfloat16* from) { raw = tvms_quad(from); }
-  __device__ __forceinline__ void clear() { raw = make_uint4(0, 0, 0, 0); }
   __device__ __forceinline__ void load_some(const nv_bfloat16* from, int count) {
     unsigned w[4] = {0, 0, 0, 0};
 #pragma unroll
@@ -51,7 +50,6 @@ template <> struct tvms_eight<float> {
   static const int PARTS = 3, AT_ONCE = 4;
   uint4 low, high;
   __device__ __forceinline__ void load(const float* from) { low = tvms_quad(from), high = tvms_quad(from + 4); }
-  __device__ __forceinline__ void clear() { low = high = make_uint4(0, 0, 0, 0); }
   __device__ __forceinline__ void load_some(const float* from, int count) {
     unsigned w[8];
 #pragma unroll
@@ -75,6 +73,34 @@ template <> struct tvms_eight<float> {
     }
   }
 };
+// Of all tokens a lane multiplies, one block of columns after the other.
+template <int K, int HALVES, typename X> struct tvms_columns_of_x {
+  tvms_eight<X> eight[HALVES];
+  const X* row[HALVES];
+  int column, last;
+  __device__ __forceinline__ void begin(const X* x, int first, int token, int left) {
+    column = first, last = K - 32 + first % 32;
+#pragma unroll
+    for (int half = 0; half < HALVES; ++half) {
+      const X* from = x + (token + 8 * half < left ? (long long)(token + 8 * half) * K : 0);
+      row[half] = (const X*)__shfl_sync(0xffffffffu, (unsigned long long)from, threadIdx.x & 31);  // to be kept
+    }
+  }
+  __device__ __forceinline__ void fetch() {
+#pragma unroll
+    for (int half = 0; half < HALVES; ++half) {
+      if (K % 32 == 0) {
+        eight[half].load(row[half] + column);
+      } else if (K % tvms_eight<X>::AT_ONCE == 0 && (column + 8 <= K)) {
+        eight[half].load(row[half] + column);
+      } else {
+        eight[half].load_some(row[half] + column, K - column);
+      }
+    }
+    // Behind the last block its columns once more: never multiplied.
+    column = K % 32 ? column + 32 : min(column + 32, last);
+  }
+};
 __device__ __forceinline__ float tvms_of_x(const nv_bfloat16* x) { return __uint_as_float(tvms_half(x) << 16); }
 __device__ __forceinline__ float tvms_of_x(const float* x) { return __uint_as_float(tvms_one(x)); }
 #endif
@@ -86,97 +112,70 @@ __device__ __forceinline__ void tvms_tiles(
     const X* x, const void* words, const unsigned* counts, const int* warps, const int* rows, const int* row_ends,
     const int* scale, const int* res_col, const nv_bfloat16* res_val, Y* y, void* memory, int left) {
   tvms_start_dependents();
-  const int REGISTERS = 2 * TILES, BLOCKS = (K + 31) / 32, PLACES = SETS * TILES * 8;
-  const int SUMMANDS = tvms_eight<X>::PARTS;
+  const int REGISTERS = 2 * TILES, PAIRS = (TILES + 1) / 2, BLOCKS = (K + 31) / 32, PLACES = SETS * TILES * 8;
+  const int SUMMANDS = tvms_eight<X>::PARTS, HALVES = TOKENS / 8;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, c = lane & 3, part = warp / SETS;
-  tvms_ring<GAP_BITS, PARTS * SETS, DEPTH> own;
+  tvms_ring<GAP_BITS, PARTS * SETS, REGISTERS, DEPTH> own;
   own.begin(words, counts, warps, memory);
-  const int RING = own.RING;
-  const unsigned ring = own.ring;
   const float by = __uint_as_float((unsigned)((int)tvms_one(scale) + (127 - 96)) << 23);  // 2^(base - 96)
-  float sums[TILES][4];
+  const int SUMS = TOKENS == 8 ? PAIRS : TILES;
+  float sums[SUMS][4];
 #pragma unroll
-  for (int i = 0; i < TILES; ++i) sums[i][0] = sums[i][1] = sums[i][2] = sums[i][3] = 0.f;
+  for (int i = 0; i < SUMS; ++i) sums[i][0] = sums[i][1] = sums[i][2] = sums[i][3] = 0.f;
 
-  int column = BLOCKS * part / PARTS * 32 + 8 * c;
-  const int end = min(K, BLOCKS * (part + 1) / PARTS * 32);
-  const X* at = x + (long long)g * K + column;
+  // A token that is not there reads the first one's x, whose sums nobody asks for.
+  tvms_columns_of_x<K, HALVES, X> ahead;
+  ahead.begin(x, BLOCKS * part / PARTS * 32 + 8 * c, g, left);
   tvms_wait_for_inputs();
-  tvms_eight<X> ahead[TOKENS / 8];
-  auto fetch = [&]() {
-#pragma unroll
-    for (int half = 0; half < TOKENS / 8; ++half) {
-      ahead[half].clear();
-      if (g + 8 * half < left && column < end) {
-        if (K % tvms_eight<X>::AT_ONCE == 0) {
-          if (K % 8 == 0 || column + 8 <= end) ahead[half].load(at + 8 * half * (long long)K);
-          else ahead[half].load_some(at + 8 * half * (long long)K, end - column);
-        } else {
-          ahead[half].load_some(at + 8 * half * (long long)K, end - column);
-        }
-      }
-    }
-    column += 32, at += 32;
-  };
-  unsigned fragment[TOKENS / 8][SUMMANDS][4];
+  unsigned fragment[HALVES][SUMMANDS][4];
   auto turn = [&]() {
 #pragma unroll
-    for (int half = 0; half < TOKENS / 8; ++half) ahead[half].fragments(fragment[half]);
-    fetch();
+    for (int half = 0; half < HALVES; ++half) ahead.eight[half].fragments(fragment[half]);
+    ahead.fetch();
   };
-  fetch();
+  ahead.fetch();
   turn();
-  unsigned reader = lane * 4;
-  bool odd = false;
-  auto multiply = [&]() {
-    unsigned b[REGISTERS];
-#pragma unroll
-    for (int i = 0; i < REGISTERS; ++i) {
-      // Up to 8 tokens b0 and b1 of two tiles in a's order: both b0, both b1.
-      const int of = TOKENS == 8 && i / 4 * 2 + 1 < TILES && i % 4 % 3 ? i ^ 3 : i;
-      // Where steps divide the ring none goes past its end, and offsets are constants.
-      b[i] = tvms_take_own(64 % REGISTERS ? ((reader + of * 128) & (RING - 1)) | ring : (reader | ring) + of * 128);
-    }
-    reader = (reader + REGISTERS * 128) & (RING - 1);
+  auto step = [&](int first) {
+    unsigned b[4 * PAIRS];
+    // Up to 8 tokens b0 and b1 of two tiles in a's order, both b0, both b1; a last tile has none beside it.
+    if (TOKENS == 8) b[4 * PAIRS - 3] = b[4 * PAIRS - 1] = 0;
+    own.take(b, [](int i) { return TOKENS == 8 && i % 4 % 3 ? i ^ 3 : i; });
 #pragma unroll
     for (int s = 0; s < SUMMANDS; ++s) {
+      const unsigned* lower = fragment[0][s] + first;
+      const unsigned* upper = fragment[HALVES - 1][s] + first;
       if (TOKENS == 8) {
 #pragma unroll
-        for (int i = 0; i + 1 < TILES; i += 2) tvms_mma_bf16(sums[i], b + 2 * i, fragment[0][s][0], fragment[0][s][1]);
-        if (TILES % 2) {
-          const unsigned a[4] = {fragment[0][s][0], 0, fragment[0][s][1], 0};
-          tvms_mma_bf16(sums[TILES - 1], a, b[REGISTERS - 2], b[REGISTERS - 1]);
-        }
+        for (int i = 0; i < PAIRS; ++i) tvms_mma_bf16(sums[i], b + 4 * i, lower[0], lower[1]);
       } else {
-        const unsigned* upper = fragment[TOKENS / 8 - 1][s];
-        const unsigned a[4] = {fragment[0][s][0], upper[0], fragment[0][s][1], upper[1]};
+        const unsigned a[4] = {lower[0], upper[0], lower[1], upper[1]};
 #pragma unroll
         for (int i = 0; i < TILES; ++i) tvms_mma_bf16(sums[i], a, b[2 * i], b[2 * i + 1]);
       }
-#pragma unroll
-      for (int half = 0; half < TOKENS / 8; ++half)
-        fragment[half][s][0] = fragment[half][s][2], fragment[half][s][1] = fragment[half][s][3];
     }
-    if (odd) turn();
-    odd = !odd;
   };
+  bool odd = false;
+  own.walk([&](unsigned steps) {
+#pragma unroll 1
+    for (; steps; --steps) {
+      if (odd) step(2), turn();
+      else step(0);
+      odd = !odd;
+    }
+  });
 
-  own.walk(multiply);
-
-  // Each warp's sums over its ring, [token][row of the set].
-  __syncwarp();
-  const int ROWS = TILES * 8;
-  auto leave = [&](int row, int token, float sum) { tvms_put_float(ring + (token * ROWS + row) * 4, sum); };
+  // Each warp's sums over the rings, [token][row of the set].
+  __syncthreads();
+  const int ROWS = TILES * 8, ROOM = TOKENS * ROWS * 4;
+  auto leave = [&](int row, int token, float sum) { tvms_put_float(warp * ROOM + (token * ROWS + row) * 4, sum); };
 #pragma unroll
-  for (int i = 0; i < TILES; ++i) {
-    if (TOKENS == 8 && i < TILES - TILES % 2) {  // a pair's are with its first
-      if (i % 2 == 0) {
-        leave(8 * i + g, 2 * c, sums[i][0]), leave(8 * i + g, 2 * c + 1, sums[i][1]);
-        leave(8 * i + 8 + g, 2 * c, sums[i][2]), leave(8 * i + 8 + g, 2 * c + 1, sums[i][3]);
-      }
+  for (int i = 0; i < SUMS; ++i) {
+    if (TOKENS == 8) {
+      leave(16 * i + g, 2 * c, sums[i][0]), leave(16 * i + g, 2 * c + 1, sums[i][1]);
+      if (2 * i + 1 < TILES) leave(16 * i + 8 + g, 2 * c, sums[i][2]), leave(16 * i + 8 + g, 2 * c + 1, sums[i][3]);
     } else {
       leave(8 * i + 2 * c, g, sums[i][0]), leave(8 * i + 2 * c + 1, g, sums[i][1]);
-      if (TOKENS == 16) leave(8 * i + 2 * c, g + 8, sums[i][2]), leave(8 * i + 2 * c + 1, g + 8, sums[i][3]);
+      leave(8 * i + 2 * c, g + 8, sums[i][2]), leave(8 * i + 2 * c + 1, g + 8, sums[i][3]);
     }
   }
   __syncthreads();
@@ -186,7 +185,7 @@ __device__ __forceinline__ void tvms_tiles(
     if (row < 0 || token >= left) continue;
     float total = 0.f;
     for (int p = 0; p < PARTS; ++p)
-      total += tvms_get_float(own.rings + (p * SETS + place / ROWS) * RING + (token * ROWS + place % ROWS) * 4);
+      total += tvms_get_float((p * SETS + place / ROWS) * ROOM + (token * ROWS + place % ROWS) * 4);
     total *= by;
     const int slot = blockIdx.x * PLACES + place;
     for (int r = slot ? row_ends[slot - 1] : 0; r < row_ends[slot]; ++r)

@@ -19,7 +19,7 @@ from tvm_sparse.formats.bits import as_bits, magnitude
 from tvm_sparse.formats.blocks import over_blocks
 from tvm_sparse.formats.delta_words import Code, best_code
 from tvm_sparse.formats.stats import Stats
-from tvm_sparse.formats.tile_words import LANES, WINDOW, nibbles, positions, streams
+from tvm_sparse.formats.tile_words import LANES, RING, Lap, nibbles, positions, streams
 from tvm_sparse.targets import Machine
 
 GAP_BITS = (4, 5)
@@ -50,8 +50,8 @@ class Cut:
 
     @property
     def step(self) -> int:
-        """Positions a lane has in a step."""
-        return OWN // 2 * self.tiles
+        """Registers of two bfloat16 that a lane has in a step."""
+        return OWN // 4 * self.tiles
 
     @property
     def warps(self) -> int:
@@ -77,21 +77,25 @@ class Tiles:
 
     A warp multiplies R tiles of 8 rows by its range of columns, a block of 32 in two steps of mma.m16n8k16. Lane l
     holds row l / 4 of each tile and 8 neighbouring columns of a block, from 8 (l % 4) on, four for each step: which
-    columns meet in a product is free as long as x is read in the same order. Its stream is made of exactly these
-    elements: block by block, for each step, for each tile, 4 columns; an element's number is its position. So a lane
-    puts values where its own fragments are read from.
+    columns meet in a product is free as long as x is read in the same order. Block by block, for each step, for each
+    tile, these are two registers of two columns. So a lane puts values where its own fragments are read from.
 
-    A word is the delta format's (value, exponent code and scale alike: formats/delta.py), except for its gap:
+    It has two streams, of the even and of the odd columns: the lower and the upper halves of its registers, and of the
+    32-bit words in which it reads both. A word is the delta format's (value, exponent code and scale alike:
+    formats/delta.py), except for its gap:
 
         bit   15      14..11    10..7           6..0        for g = 4
               sign    gap       exponent code   bf16 mantissa
 
-    `gap`, 0 to 2^g - 1, is how far the position moves on before the value is stored there, from 0 at first. A larger
-    one inserts words of value 0. A warp takes 8 words of every lane, a round, then multiplies as many steps as all its
-    lanes have passed. No lane may be more than WINDOW positions past the first step not yet multiplied: one that would
-    be takes words that store the same again, or 0 where that is multiplied already.
+    `gap`, 0 to 2^g - 1, is how many positions the stream moves on before the value is stored there, from 0 at first. A
+    larger one inserts words of value 0. Positions are numbers of registers, with a hole wherever a further step would
+    not fit into the 64 places of the ring that the streams go round (tile_words.Lap).
 
-        words      uint16 [rounds, 32, 8]      a warp's rounds one after the other, warp after warp
+    A warp takes 4 words of every stream, a round, then multiplies as many steps as all of them have passed. No stream
+    may be 64 positions or more past the first step not yet multiplied: one that would be takes words that store the
+    same again, or 0 where that is multiplied already.
+
+        words      uint16 [rounds, 32, 8]      a warp's rounds one after the other, warp after warp; even columns first
         counts     uint32 [nc]                 steps to multiply after each round, 4 bits each, 8 rounds a word; two
                                                more words after each warp's
         warps      int32  [B Q S, 4]           a warp's first round, rounds, first word of counts, 0; bin after bin, as
@@ -122,10 +126,10 @@ class Tiles:
         return (min(made, key=lambda choice: self.nbytes(stats, choice)),)
 
     def nbytes(self, stats: Stats, choice: FormatChoice) -> int:
-        """An estimate: how often a lane must wait for its warp depends on where the zeros are, here at random."""
+        """An estimate: how often a stream must wait for its warp depends on where the zeros are, here at random."""
         cut = cut_of(stats.shape, choice)
         density = stats.density
-        waiting = 3.3 * (1 - density) / (WINDOW * density) if density else 0.0
+        waiting = 4.2 * (1 - density) / (RING * density) if density else 0.0
         rounds = ceil(stats.words[cut.gap_bits] * (1 + waiting) / 256) + cut.bins * cut.warps
         residual = stats.nnz - best_code(stats.exponents, cut.gap_bits)[1]
         tables = 16 * cut.bins * cut.warps + 8 * cut.bins * cut.rows
@@ -195,9 +199,10 @@ class Tiles:
             place, values = place[turn, lane, word], values[turn, lane, word]
             warp = torch.repeat_interleave(torch.arange(len(counts), device=out.device), counts)[turn]
             bin, part, set = a + warp // own, warp % own // cut.sets, warp % cut.sets
-            step, tile = place // cut.step, place // 4 % cut.tiles
+            register = Lap(cut.step).register(place)
+            step, tile = register // cut.step, register // 2 % cut.tiles
             row = rows[0][((bin * cut.sets + set) * cut.tiles + tile) * ROWS + lane // 4]
-            column = (begin[part] + step // 2) * BLOCK + lane % 4 * OWN + step % 2 * 4 + place % 4
+            column = (begin[part] + step // 2) * BLOCK + lane % 4 * OWN + step % 2 * 4 + register % 2 * 2 + word % 2
             out[row, column] = values
 
         over_blocks(expand, cut.bins, cut.rows * k, out.device)
@@ -261,7 +266,7 @@ def _survey(bits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def _as_lanes(bits: torch.Tensor, rows: torch.Tensor, cut: Cut, code: Code) -> torch.Tensor:
-    """Rows of a few bins, [bins, places] -> value bits as the lanes have them, int16 [warps, 32, positions].
+    """Rows of a few bins, [bins, places] -> value bits as the lanes have them, int16 [warps, 64, registers].
 
     Warps as the buffer `warps` has them. Parts are as long as the longest, with zeros at their ends.
     """
@@ -277,7 +282,8 @@ def _as_lanes(bits: torch.Tensor, rows: torch.Tensor, cut: Cut, code: Code) -> t
     fours = chosen.view(torch.int64).view(bins, cut.sets, cut.tiles, ROWS, cut.blocks + 1, 4, 2)[:, :, :, :, block]
     # bin, set, tile, row, part, block, lane's columns, step -> warps by bin, part, set; lanes by row, columns
     lanes = fours.permute(0, 4, 1, 3, 6, 5, 7, 2).contiguous()
-    return lanes.view(torch.int16).view(-1, LANES, longest * 2 * cut.step)
+    halves = lanes.view(torch.int16).view(-1, LANES, longest * 2 * cut.step, 2)
+    return halves.transpose(2, 3).reshape(-1, LANES * 2, longest * 2 * cut.step)
 
 
 def _residual(bits: torch.Tensor, rows: torch.Tensor, code: Code) -> tuple[torch.Tensor, ...]:
