@@ -127,23 +127,20 @@ __device__ __forceinline__ void tvms_tiles(
   tvms_columns_of_x<K, HALVES, X> ahead;
   ahead.begin(x, BLOCKS * part / PARTS * 32 + 8 * c, g, left);
   tvms_wait_for_inputs();
-  unsigned fragment[HALVES][SUMMANDS][4];
-  auto turn = [&]() {
-#pragma unroll
-    for (int half = 0; half < HALVES; ++half) ahead.eight[half].fragments(fragment[half]);
-    ahead.fetch();
-  };
   ahead.fetch();
-  turn();
-  auto step = [&](int first) {
-    unsigned b[4 * PAIRS];
-    // Up to 8 tokens b0 and b1 of two tiles in a's order, both b0, both b1; a last tile has none beside it.
-    if (TOKENS == 8) b[4 * PAIRS - 3] = b[4 * PAIRS - 1] = 0;
-    own.take(b, [](int i) { return TOKENS == 8 && i % 4 % 3 ? i ^ 3 : i; });
+  // A step's registers are asked for and multiplied a step later, so that words are stored meanwhile. Before the first
+  // one stands half a block of zeros.
+  unsigned b[4 * PAIRS], fragment[HALVES][SUMMANDS][4];
+#pragma unroll
+  for (int i = 0; i < 4 * PAIRS; ++i) b[i] = 0;
+#pragma unroll
+  for (int i = 0; i < HALVES * SUMMANDS * 4; ++i) fragment[0][0][i] = 0;
+  unsigned second = 1;
+  auto step = [&]() {
 #pragma unroll
     for (int s = 0; s < SUMMANDS; ++s) {
-      const unsigned* lower = fragment[0][s] + first;
-      const unsigned* upper = fragment[HALVES - 1][s] + first;
+      const unsigned* lower = fragment[0][s];
+      const unsigned* upper = fragment[HALVES - 1][s];
       if (TOKENS == 8) {
 #pragma unroll
         for (int i = 0; i < PAIRS; ++i) tvms_mma_bf16(sums[i], b + 4 * i, lower[0], lower[1]);
@@ -152,17 +149,26 @@ __device__ __forceinline__ void tvms_tiles(
 #pragma unroll
         for (int i = 0; i < TILES; ++i) tvms_mma_bf16(sums[i], a, b[2 * i], b[2 * i + 1]);
       }
+#pragma unroll
+      for (int half = 0; half < HALVES; ++half)
+        fragment[half][s][0] = fragment[half][s][2], fragment[half][s][1] = fragment[half][s][3];
     }
+    if (second) {
+#pragma unroll
+      for (int half = 0; half < HALVES; ++half) ahead.eight[half].fragments(fragment[half]);
+      ahead.fetch();
+    }
+    second ^= 1;
   };
-  bool odd = false;
   own.walk([&](unsigned steps) {
 #pragma unroll 1
     for (; steps; --steps) {
-      if (odd) step(2), turn();
-      else step(0);
-      odd = !odd;
+      step();
+      // Up to 8 tokens b0 and b1 of two tiles in a's order, both b0, both b1; a last tile has none beside it.
+      own.take(b, [](int i) { return TOKENS == 8 && i % 4 % 3 ? i ^ 3 : i; });
     }
   });
+  step();
 
   // Each warp's sums over the rings, [token][row of the set].
   __syncthreads();
@@ -179,18 +185,20 @@ __device__ __forceinline__ void tvms_tiles(
     }
   }
   __syncthreads();
-  const int* bin_rows = rows + blockIdx.x * PLACES;
-  for (int i = threadIdx.x; i < PLACES * TOKENS; i += PARTS * SETS * 32) {
-    const int place = i % PLACES, token = i / PLACES, row = bin_rows[place];
-    if (row < 0 || token >= left) continue;
-    float total = 0.f;
-    for (int p = 0; p < PARTS; ++p)
-      total += tvms_get_float((p * SETS + place / ROWS) * ROOM + (token * ROWS + place % ROWS) * 4);
-    total *= by;
-    const int slot = blockIdx.x * PLACES + place;
-    for (int r = slot ? row_ends[slot - 1] : 0; r < row_ends[slot]; ++r)
-      total += tvms_of_x(res_val + r) * tvms_of_x(x + (long long)token * K + res_col[r]);
-    tvms_leave(y + (long long)token * N + row, total);
+  const int THREADS = PARTS * SETS * 32, AT_ONCE = THREADS < PLACES ? 1 : THREADS / PLACES;
+  for (int i = threadIdx.x; i < PLACES * AT_ONCE; i += THREADS) {
+    const int place = i % PLACES, slot = blockIdx.x * PLACES + place, row = rows[slot];
+    const int begin = slot ? row_ends[slot - 1] : 0, end = row_ends[slot];
+    if (row < 0) continue;
+    for (int token = i / PLACES; token < min(TOKENS, left); token += AT_ONCE) {
+      float total = 0.f;
+      for (int p = 0; p < PARTS; ++p)
+        total += tvms_get_float((p * SETS + place / ROWS) * ROOM + (token * ROWS + place % ROWS) * 4);
+      total *= by;
+      for (int r = begin; r < end; ++r)
+        total += tvms_of_x(res_val + r) * tvms_of_x(x + (long long)token * K + res_col[r]);
+      tvms_leave(y + (long long)token * N + row, total);
+    }
   }
 }
 #endif

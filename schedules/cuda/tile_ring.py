@@ -119,8 +119,9 @@ template <int GAP_BITS, int WARPS, int REGISTERS, int DEPTH> struct tvms_ring {
     }
     count = counts + own.z;
     now = tvms_one(count), next = tvms_one(count + 1);
-    for (int i = threadIdx.x * 16; i < (WARPS + 7) / 8 * GROUP; i += WARPS * 512) tvms_put_zeros(i);
-    __syncthreads();
+#pragma unroll
+    for (int i = 0; i < 16; ++i) tvms_put_zeros(mine - lane * 4 + (4 * i + lane / 8) * ROW + lane % 8 * 16);
+    __syncwarp();
   }
 
   __device__ __forceinline__ void store(uint4 chunk) {
