@@ -28,7 +28,7 @@ __device__ __forceinline__ void tvms_decode_tiles(
     const int* scale, const int* res_col, const void* res_val, void* dense, void* memory) {
   const int REGISTERS = 2 * TILES, BLOCKS = (K + 31) / 32, PLACES = SETS * TILES * 8;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, part = warp / SETS;
-  tvms_ring<GAP_BITS, PARTS * SETS, REGISTERS, 4> own;
+  tvms_ring<GAP_BITS, PARTS * SETS, REGISTERS> own;
   own.begin(words, counts, warps, memory);
   const unsigned base = (unsigned)*scale << 7;
   const int* places = rows + blockIdx.x * PLACES;

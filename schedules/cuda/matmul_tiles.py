@@ -107,7 +107,7 @@ __device__ __forceinline__ float tvms_of_x(const float* x) { return __uint_as_fl
 
 #ifndef TVMS_TILES_KERNEL
 #define TVMS_TILES_KERNEL
-template <int GAP_BITS, int PARTS, int SETS, int TILES, int TOKENS, int DEPTH, int N, int K, typename X, typename Y>
+template <int GAP_BITS, int PARTS, int SETS, int TILES, int TOKENS, int N, int K, typename X, typename Y>
 __device__ __forceinline__ void tvms_tiles(
     const X* x, const void* words, const unsigned* counts, const int* warps, const int* rows, const int* row_ends,
     const int* scale, const int* res_col, const nv_bfloat16* res_val, Y* y, void* memory, int left) {
@@ -115,7 +115,7 @@ __device__ __forceinline__ void tvms_tiles(
   const int REGISTERS = 2 * TILES, PAIRS = (TILES + 1) / 2, BLOCKS = (K + 31) / 32, PLACES = SETS * TILES * 8;
   const int SUMMANDS = tvms_eight<X>::PARTS, HALVES = TOKENS / 8;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5, g = lane >> 2, c = lane & 3, part = warp / SETS;
-  tvms_ring<GAP_BITS, PARTS * SETS, REGISTERS, DEPTH> own;
+  tvms_ring<GAP_BITS, PARTS * SETS, REGISTERS> own;
   own.begin(words, counts, warps, memory);
   const float by = __uint_as_float((unsigned)((int)tvms_one(scale) + (127 - 96)) << 23);  // 2^(base - 96)
   const int SUMS = TOKENS == 8 ? PAIRS : TILES;
@@ -207,11 +207,8 @@ SOURCE = TENSOR_CORE + RING_SOURCE + _KERNEL
 
 
 def space(spec: KernelSpec) -> tuple[Decision, ...]:
-    """`tile` tokens a CTA multiplies at a time, `depth` rounds of words in flight."""
-    return (
-        Decision("tile", (8, 16), 8 if spec.m is not None and spec.m <= 8 else 16),
-        Decision("depth", (2, 4), 4),
-    )
+    """`tile` tokens a CTA multiplies at a time."""
+    return (Decision("tile", (8, 16), 8 if spec.m is not None and spec.m <= 8 else 16),)
 
 
 def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
@@ -220,7 +217,7 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
     cut, tile = cut_of((n, k), spec.choice), decisions["tile"]
     rounds, nc, nr = symbol("rounds"), symbol("nc"), symbol("nr")
     types = {"bfloat16": "nv_bfloat16", "float32": "float"}
-    numbers = (cut.gap_bits, cut.parts, cut.sets, cut.tiles, tile, decisions["depth"], n, k)
+    numbers = (cut.gap_bits, cut.parts, cut.sets, cut.tiles, tile, n, k)
     arguments = ", ".join([*map(str, numbers), types[spec.x_dtype], types[spec.out_dtype]])
     room = max(ALONE, ring_bytes(cut))
 

@@ -14,11 +14,12 @@ from tvm_sparse.formats.tiles import Cut
 
 GROUP = 8  # warps whose rings lie side by side
 RING = 8192  # bytes a warp
+STOCK = 4096  # of words on their way
 
 
 def ring_bytes(cut: Cut) -> int:
-    """Shared memory of a CTA, whose first byte has the address RESERVED (in the source)."""
-    return RING * GROUP * -(-cut.warps // GROUP)
+    """Shared memory of a CTA: rings, stocks, barriers."""
+    return RING * GROUP * -(-cut.warps // GROUP) + (STOCK + 32) * cut.warps
 
 
 SOURCE = r"""
@@ -49,11 +50,26 @@ __device__ __forceinline__ unsigned tvms_take_own(unsigned at) {
   asm volatile("atom.shared.exch.b32 %0, [%1 + 1024], 0;" : "=r"(value) : "r"(at) : "memory");
   return value;
 }
-__device__ __forceinline__ uint4 tvms_words(const uint4* from) {
-  // Read once, past L1; volatile, or ptxas might move it below the wait for the kernel before.
+// A warp's words come by bulk copies, which no load of x has to wait for: ptxas has six scoreboards for all loads.
+__device__ __forceinline__ void tvms_begin_copies(unsigned barrier) {
+  asm volatile("mbarrier.init.shared::cta.b64 [%0], 1;" :: "r"(barrier + 1024) : "memory");
+}
+__device__ __forceinline__ void tvms_copies_begun() { asm volatile("fence.proxy.async.shared::cta;" ::: "memory"); }
+__device__ __forceinline__ void tvms_copy_words(unsigned to, const void* from, unsigned bytes, unsigned barrier) {
+  // By one lane; all have the same arguments, so that they are uniform registers.
+  asm volatile("{.reg .pred one; elect.sync _|one, 0xffffffff;"
+      "@one mbarrier.arrive.expect_tx.shared::cta.b64 _, [%3], %2;"
+      "@one cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];}"
+      :: "r"(to + 1024), "l"(from), "r"(bytes), "r"(barrier + 1024) : "memory");
+}
+__device__ __forceinline__ void tvms_wait_for_words(unsigned barrier, unsigned parity) {
+  asm volatile("{.reg .pred done; again%=: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra again%=;}"
+      :: "r"(barrier + 1024), "r"(parity) : "memory");
+}
+__device__ __forceinline__ uint4 tvms_words(unsigned at) {
   uint4 w;
-  asm volatile("ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];"
-      : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w) : "l"(from));
+  asm volatile("ld.shared.v4.u32 {%0, %1, %2, %3}, [%4 + 1024];"
+      : "=r"(w.x), "=r"(w.y), "=r"(w.z), "=r"(w.w) : "r"(at) : "memory");
   return w;
 }
 __device__ __forceinline__ uint4 tvms_quad(const void* from) {
@@ -88,17 +104,20 @@ __device__ __forceinline__ void tvms_wait_for_inputs() { asm volatile("griddepco
 #ifndef TVMS_TILES_RING
 #define TVMS_TILES_RING
 // A warp's ring and its stream of words, as a lane sees them; a step takes REGISTERS registers.
-template <int GAP_BITS, int WARPS, int REGISTERS, int DEPTH> struct tvms_ring {
+template <int GAP_BITS, int WARPS, int REGISTERS> struct tvms_ring {
   static const int ROW = 1024, GROUP = 64 * ROW;            // bytes of a register of 8 warps, of their rings
   static const int LAP = 64 / REGISTERS * REGISTERS * ROW;  // whole steps once round the ring
+  static const int ROUND = 512, SLOT = 2 * ROUND, SLOTS = 4;
+  static const int STOCK = (WARPS + 7) / 8 * GROUP, BARRIERS = STOCK + WARPS * SLOTS * SLOT;
   static const unsigned PAIR = 0x10001u;
   unsigned mine, reader;    // addresses: of the lane in its ring, from there of the next step
   unsigned position, base;  // the halves' own: bits 10 to 15 the place; an address's lowest bytes and its upper half
+  unsigned stock, barriers;  // of words: SLOTS times 2 rounds, and a barrier for each
+  unsigned chunks;           // in the stock, of the lane
   int rounds;
-  const uint4* from;
+  unsigned long long from;
   const unsigned* count;
   unsigned now, next;
-  uint4 w[DEPTH];
 
   __device__ __forceinline__ void begin(const void* words, const unsigned* counts, const int* warps, void* memory) {
     tvms_need_shared_memory_at_once(memory);
@@ -111,17 +130,28 @@ template <int GAP_BITS, int WARPS, int REGISTERS, int DEPTH> struct tvms_ring {
     base = __shfl_sync(0xffffffffu, (int)(lowest | (lowest + 2) << 8 | (mine & 0xffff0000u)), lane);
     const uint4 own = tvms_quad(warps + (blockIdx.x * WARPS + warp) * 4);
     rounds = __shfl_sync(0xffffffffu, (int)own.y, 0);
-    from = (const uint4*)words + (long long)(int)own.x * 32 + lane;
-#pragma unroll
-    for (int d = 0; d < DEPTH; ++d) {
-      w[d] = make_uint4(0, 0, 0, 0);
-      if (d < rounds) w[d] = tvms_words(from + 32 * d);
+    from = __shfl_sync(0xffffffffu, (unsigned long long)words + (long long)(int)own.x * ROUND, 0);
+    const int at = __shfl_sync(0xffffffffu, warp, 0);
+    stock = STOCK + at * SLOTS * SLOT, barriers = BARRIERS + at * SLOTS * 8;
+    chunks = __shfl_sync(0xffffffffu, (int)(stock + lane * 16), lane);
+    if (lane == 0) {
+      for (int i = 0; i < SLOTS; ++i) tvms_begin_copies(barriers + 8 * i);
+      tvms_copies_begun();
     }
+    __syncwarp();
+#pragma unroll
+    for (int i = 0; i < SLOTS; ++i) fill(i, 2 * i);
     count = counts + own.z;
     now = tvms_one(count), next = tvms_one(count + 1);
 #pragma unroll
     for (int i = 0; i < 16; ++i) tvms_put_zeros(mine - lane * 4 + (4 * i + lane / 8) * ROW + lane % 8 * 16);
     __syncwarp();
+  }
+
+  // Two rounds from `round` on, of which the second may be another warp's.
+  __device__ __forceinline__ void fill(int slot, int round) {
+    if (round < rounds)
+      tvms_copy_words(stock + slot * SLOT, (const void*)(from + round * ROUND), SLOT, barriers + 8 * slot);
   }
 
   __device__ __forceinline__ void store(uint4 chunk) {
@@ -146,17 +176,26 @@ template <int GAP_BITS, int WARPS, int REGISTERS, int DEPTH> struct tvms_ring {
 
   // All rounds; after each, `multiply` is called by the whole warp with the number of steps that all lanes have passed.
   template <typename Multiply> __device__ __forceinline__ void walk(Multiply multiply) {
-    for (int round = 0; round < rounds; round += 8) {
+    if (rounds == 0) return;
+    tvms_wait_for_words(barriers, 0);
+    uint4 chunk = tvms_words(chunks);
+    for (int round = 0, lap = 0; round < rounds; round += 8, lap ^= 1) {
       const unsigned steps = __shfl_sync(0xffffffffu, (int)now, 0);
 #pragma unroll
       for (int d = 0; d < 8; ++d) {
         if (round + d < rounds) {
-          store(w[d % DEPTH]);
-          if (round + d + DEPTH < rounds) w[d % DEPTH] = tvms_words(from + 32 * (d + DEPTH));
+          store(chunk);
+          if (d % 2) {
+            __syncwarp();  // all lanes have read this slot
+            fill(d / 2, round + d + 7);
+          }
+          if (round + d + 1 < rounds) {
+            if (d % 2) tvms_wait_for_words(barriers + (d + 1) % 8 * 4, d == 7 ? lap ^ 1 : lap);
+            chunk = tvms_words(chunks + (d + 1) % 8 * ROUND);
+          }
           multiply(steps >> (4 * d) & 15);
         }
       }
-      from += 32 * 8;
       now = next, next = tvms_one(count + 2), ++count;
     }
   }

@@ -42,7 +42,7 @@ def _choices() -> list[FormatChoice]:
         FORMATS["bitmap"].choice(),
         FORMATS["2:4"].choice(),
         FORMATS["tiles"].choice(4, 7, 2, 3, 6),
-        FORMATS["tiles"].choice(5, 132, 20, 1, 1),
+        FORMATS["tiles"].choice(5, 132, 16, 1, 1),
         block.choice(16, 16),
         block.choice(1, 32),
         block.choice(4, 8),

@@ -27,8 +27,7 @@ ROWS = 8  # of W in a tile
 BLOCK = 32  # columns, two steps of mma.m16n8k16
 OWN = 8  # neighbouring columns of a block that a lane holds, 4 in each step
 _OPTIONS = ("gap_bits", "bins", "parts", "sets", "tiles")
-MOST_WARPS, MOST_TILES = 24, 11
-WARPS = 20  # of a CTA, where the shape allows
+MOST_WARPS, MOST_TILES = 16, 11  # what shared memory and registers hold
 UNEVEN = 1.05  # how much more a lane may have to do before rows are sorted
 
 
@@ -95,7 +94,8 @@ class Tiles:
     may be 64 positions or more past the first step not yet multiplied: one that would be takes words that store the
     same again, or 0 where that is multiplied already.
 
-        words      uint16 [rounds, 32, 8]      a warp's rounds one after the other, warp after warp; even columns first
+        words      uint16 [rounds, 32, 8]      a warp's rounds one after the other, warp after warp; a round of zeros at
+                                               the end
         counts     uint32 [nc]                 steps to multiply after each round, 4 bits each, 8 rounds a word; two
                                                more words after each warp's
         warps      int32  [B Q S, 4]           a warp's first round, rounds, first word of counts, 0; bin after bin, as
@@ -109,7 +109,7 @@ class Tiles:
 
     name = "tiles"
 
-    def choice(self, gap_bits: int = 4, bins: int = 132, parts: int = 4, sets: int = 5, tiles: int = 7) -> FormatChoice:
+    def choice(self, gap_bits: int = 4, bins: int = 132, parts: int = 3, sets: int = 5, tiles: int = 7) -> FormatChoice:
         options = tuple(zip(_OPTIONS, (gap_bits, bins, parts, sets, tiles), strict=True))
         choice = FormatChoice(self.name, options)
         if gap_bits not in GAP_BITS or min(bins, parts, sets, tiles) < 1 or not _fits(parts * sets, tiles):
@@ -166,6 +166,7 @@ class Tiles:
 
         parts = over_blocks(write, cut.bins, cut.rows * k, device)
         words, counts, needed, rounds = (torch.cat(kind) for kind in zip(*parts, strict=True))
+        words = torch.cat((words, words.new_zeros(1, LANES, 8)))  # a kernel reads two rounds at a time
         res_end, res_col, res_val = _residual(bits, rows, code)
         warps = [rounds.cumsum(0) - rounds, rounds, needed.cumsum(0) - needed, torch.zeros_like(rounds)]
         buffers = {
@@ -213,12 +214,12 @@ class Tiles:
 
 
 def best_cut(shape: Shape, machine: Machine) -> dict[str, int]:
-    """A bin for each SM (more where a bin would be too high), as few sets as fit, columns in parts for 20 warps."""
+    """A bin for each SM (more where a bin would be too high), as few sets as fit, columns in parts for 16 warps."""
     tiles = ceil(shape[0] / ROWS)
     at_once = machine.cores * ceil(tiles / (64 * machine.cores))
     of_bin = ceil(tiles / at_once)
     sets = ceil(of_bin / 8)
-    return {"bins": ceil(tiles / of_bin), "parts": WARPS // sets, "sets": sets, "tiles": ceil(of_bin / sets)}
+    return {"bins": ceil(tiles / of_bin), "parts": MOST_WARPS // sets, "sets": sets, "tiles": ceil(of_bin / sets)}
 
 
 def _fits(warps: int, tiles: int) -> bool:
