@@ -1,6 +1,8 @@
 """What the kernels that read tiles share: a warp's ring of shared memory, and the walk of its lanes along their words.
 
-    ring       [groups of 8 warps][64 registers][8 warps][32 lanes] x 2 bfloat16
+    rings      [groups of 8 warps][64 registers][8 warps][32 lanes] x 2 bfloat16
+    stocks     [warps][4 slots][2 rounds][32 lanes] x 16 bytes       words on their way, bulk copies
+    barriers   [warps][4 slots] x 8 bytes                            one for each slot
 
 A register's place, 0 to 63, stands in bits 10 to 15 of an address, so that a position wraps by itself, and the gap's
 field of a word adds to it almost where it stands. A lane stores the values of its words (bank = lane, so no two lanes
