@@ -59,12 +59,6 @@ static void tvms_start_dependents() {}
 static void tvms_wait_for_inputs() {}
 static void tvms_leave(float* to, float value) { *to = value; }
 static void tvms_leave(nv_bfloat16* to, float value) { to->bits = rounded(value); }
-static unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
-  unsigned long long all = (unsigned long long)b << 32 | a;
-  unsigned out = 0;
-  for (int i = 0; i < 4; ++i) out |= (unsigned)(all >> (selector >> (4 * i) & 7) * 8 & 255) << (8 * i);
-  return out;
-}
 """
 
 # gap bits, bins, parts, sets, tiles; N, K; tokens, declared tokens; dtypes of x and y; decisions

@@ -65,7 +65,8 @@ __device__ __forceinline__ void tvms_copy_words(unsigned to, const void* from, u
       :: "r"(to + 1024), "l"(from), "r"(bytes), "r"(barrier + 1024) : "memory");
 }
 __device__ __forceinline__ void tvms_wait_for_words(unsigned barrier, unsigned parity) {
-  asm volatile("{.reg .pred done; again%=: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra again%=;}"
+  asm volatile("{.reg .pred done; again%=:"
+      "mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1; @!done bra again%=;}"
       :: "r"(barrier + 1024), "r"(parity) : "memory");
 }
 __device__ __forceinline__ uint4 tvms_words(unsigned at) {

@@ -51,11 +51,11 @@ SPEEDS = {
     # 75 %, 43.3 us and 9.5 us at 50 % (docs/kernels.md); 5 instructions a word and 5 for each token; with 8 tokens 135,
     # 75 and 39 us at [34816, 5120]. Our kernels of the other formats for one token, at [34816, 5120] and [5120, 6144]:
     # bitmap at 50 % 564 and 100 us, 2:4 246 and 55 us, 16x16 blocks at 50 % 314 and 65 us, all slower than dense.
-    # Tiles: 16.1, 11.8 and 10.0 us at [5120, 6144], 39.0, 27.1 and 21.1 us at [5120, 17408] with 50, 75 and 90 % zeros
-    # and 8 tokens, 1.3 to 4 us more with 16.
+    # Tiles: 12.9, 10.4 and 9.5 us at [5120, 6144], 30.0, 23.8 and 18.0 us at [5120, 17408] with 50, 75 and 90 % zeros
+    # and 8 tokens, 1 to 5 us more with 16.
     ("dense", "cuda"): Speed(2.5e-6, 0.92),
     ("delta", "cuda"): Speed(2.1e-6, 0.905, first=5.0, further=5.0),
-    ("tiles", "cuda"): Speed(3.6e-6, 0.86, first=12.0, further=0.33, each=3.5, at_once=16),
+    ("tiles", "cuda"): Speed(4.0e-6, 0.86, first=7.4, further=0.15, each=3.1, at_once=16),
     ("bitmap", "cuda"): Speed(3.5e-6, 0.075),
     ("2:4", "cuda"): Speed(3.5e-6, 0.17),
     ("block", "cuda"): Speed(3.5e-6, 0.12),
