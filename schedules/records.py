@@ -114,12 +114,12 @@ class Records:
         return {arch: decisions for arch, decisions in found.items() if decisions is not None}
 
     def _look_up(self, spec: KernelSpec) -> Found:
-        fused, spec = spec, _alone(spec)
-        alone = "" if spec == fused else ", the product alone"
+        product = _alone(spec)
+        alone = "" if spec == product else ", the product alone"
         origin = "default"
         for owner, log in self._logs:
             how = "tuned on" if owner == self._machine else "transferred from"
-            lent = spec if owner == self._machine else _lent(spec, owner, log)
+            lent = product if owner == self._machine else _lent(product, owner, log)
             trials = log.trials(lent)
             for trial in trials:
                 if fits(spec, trial.decisions):

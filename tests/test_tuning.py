@@ -138,6 +138,8 @@ def test_a_b200_takes_what_an_h200_found(tmp_path):
     fused = replace(own, choice=with_pairs(own.choice), norm_eps=1e-6, after="silu_mul")
     assert Records(b200, tmp_path).find(fused).decisions == found.decisions
     assert Records(b200, tmp_path).find(fused).origin == "transferred from nvidia-h200, the product alone"
+    shallow = Records(b200, tmp_path).find(replace(own, norm_eps=1e-6))  # has not all of the product's decisions
+    assert shallow.decisions is None or shallow.decisions["depth"] <= 4
     records = Records(b200, tmp_path)
     applied = ApplySchedules(records)(tvm.IRModule({"kernel": sketch(own)}))
     said = schedule_origins(applied, records)[own.name]  # what the report says of it

@@ -47,12 +47,21 @@ def space(spec: KernelSpec) -> tuple[Decision, ...]:
     """`tile` tokens a CTA, `depth` chunks in flight a lane, `overlap` with the kernel before."""
     return (
         tile_decision(spec, _columns(spec) + _parts(spec)),
-        Decision("depth", _DEPTHS, 6),
+        _depth(spec),
         Decision("overlap", (0, 1), 1),
     )
 
 
 _DEPTHS = (2, 3, 4, 5, 6, 8)
+
+
+def _depth(spec: KernelSpec) -> Decision:
+    """With 56 registers a thread, which 4 chunks leave it at, 8 warps of 80 registers fit the same SM: where the next
+    kernel is such a small one, and not a product, it starts and reads its state while this one still runs.
+    """
+    if spec.norm_eps and not spec.after:
+        return Decision("depth", tuple(depth for depth in _DEPTHS if depth <= 4), 4)
+    return Decision("depth", _DEPTHS, 6)
 
 
 def _columns(spec: KernelSpec, depth: int = max(_DEPTHS)) -> int:
