@@ -34,7 +34,7 @@ KERNELS = {
         "2:4": "two_four",
         "block": "block",
     }.items()
-} | {("tiles", "cuda"): "tvm_sparse.schedules.cuda.matmul_tiles"}
+} | {(name, "cuda"): f"tvm_sparse.schedules.cuda.matmul_{name}" for name in ("tiles", "gather")}
 
 
 @dataclass(frozen=True)
@@ -52,6 +52,7 @@ DECODERS = {
     "bitmap": Decoder("tvm_sparse.schedules.cuda.decode_bitmap", 1),
     # Its own kernel takes 7 to 9 us a token at the wide shapes, decoding and a product 230 to 290 (docs/kernels.md).
     "delta": Decoder("tvm_sparse.schedules.cuda.decode_delta", 24),
+    "gather": Decoder("tvm_sparse.schedules.cuda.decode_gather", 32),
     "tiles": Decoder("tvm_sparse.schedules.cuda.decode_tiles", 32),
     "2:4": Decoder("tvm_sparse.schedules.cuda.decode_two_four", 1),
     "block": Decoder("tvm_sparse.schedules.cuda.decode_block", 1),

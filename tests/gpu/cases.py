@@ -43,6 +43,8 @@ def _choices() -> list[FormatChoice]:
         FORMATS["2:4"].choice(),
         FORMATS["tiles"].choice(4, 7, 2, 3, 6),
         FORMATS["tiles"].choice(5, 132, 16, 1, 1),
+        FORMATS["gather"].choice(4, 7, 3, 8, 1),
+        FORMATS["gather"].choice(5, 132, 24, 4, 2),
         block.choice(16, 16),
         block.choice(1, 32),
         block.choice(4, 8),
@@ -69,6 +71,8 @@ def matmuls() -> list[Matmul]:
     found += [Matmul(c, 1555, 1544, m, "bfloat16", "bfloat16") for c in usual for m in (2, 4, 5, 8, 12, 16, 24)]
     tiles = FORMATS["tiles"].choice(4, 20, 8, 2, 5)
     found += [Matmul(tiles, 1555, 1544, m, "bfloat16", "bfloat16") for m in (*range(1, 17), 17, 40)]
+    gather = FORMATS["gather"].choice(4, 20, 24, 4, 2)
+    found += [Matmul(gather, 1555, 1544, m, "bfloat16", "bfloat16") for m in (*range(1, 17), 17, 40)]
     for (n, k), unit, pairs, out_dtype, eps, after in (
         ((34816, 5120), 9, 1, "bfloat16", 1e-6, "silu_mul"),
         ((5120, 6144), 9, 0, "bfloat16", 0.0, "add"),

@@ -7,11 +7,12 @@ from tvm_sparse.formats.bitmap import Bitmap
 from tvm_sparse.formats.block import Block
 from tvm_sparse.formats.delta import Delta
 from tvm_sparse.formats.dense import Dense
+from tvm_sparse.formats.gather import Gather
 from tvm_sparse.formats.stats import Stats, measure
 from tvm_sparse.formats.tiles import Tiles
 from tvm_sparse.formats.two_four import TwoFour
 
-FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in (Dense(), Bitmap(), Delta(), Tiles(), TwoFour(), Block())}
+FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in (Dense(), Bitmap(), Delta(), Gather(), Tiles(), TwoFour(), Block())}
 
 __all__ = ["FORMATS", "Buffer", "Format", "FormatChoice", "Packed", "Stats", "measure", "pack", "unpack"]
 

@@ -13,6 +13,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from tvm_sparse.formats import FORMATS, FormatChoice, Stats
+from tvm_sparse.formats.gather import cut_of, tokens_at_once
 from tvm_sparse.formats.stats import CHUNK
 from tvm_sparse.targets import Machine
 
@@ -21,8 +22,8 @@ from tvm_sparse.targets import Machine
 class Speed:
     """`fixed` seconds a call; `share` of the machine's bandwidth.
 
-    On a GPU a word takes `first` instructions and `further` more for each token, a dense element takes `each`; the
-    whole call is repeated for every `at_once` tokens. On a CPU every token but the first takes `per_element` seconds
+    On a GPU a word takes `first` instructions and `further` more for each token, of which there are whole `tile`s; a
+    dense element takes `each`; the whole call is repeated for every `at_once` tokens. On a CPU every token but the first takes `per_element` seconds
     for each dense element and `per_word` for each packed word.
     """
 
@@ -31,6 +32,7 @@ class Speed:
     first: float = 0.0
     further: float = 0.0
     each: float = 0.0
+    tile: int = 1
     at_once: int = 1 << 30
     per_element: float = 0.0
     per_word: float = 0.0
@@ -54,6 +56,9 @@ SPEEDS = {
     # Tiles: 12.9, 10.4 and 9.5 us at [5120, 6144], 30.0, 23.8 and 18.0 us at [5120, 17408] with 50, 75 and 90 % zeros
     # and 8 tokens, 1 to 5 us more with 16.
     ("dense", "cuda"): Speed(2.5e-6, 0.92),
+    # Gather, 8 tokens: 66.3, 37.6 and 20.4 us at [34816, 5120], 38.3, 23.4 and 14.0 at [5120, 17408], 16.3, 11.0 and 7.7
+    # at [5120, 6144] with 50, 75 and 90 % zeros; 16 at once 121.7, 68.7 and 36.2 us at [34816, 5120].
+    ("gather", "cuda"): Speed(4.5e-6, 0.86, first=3.5, further=2.0, tile=8),
     ("delta", "cuda"): Speed(2.1e-6, 0.905, first=5.0, further=5.0),
     ("tiles", "cuda"): Speed(4.0e-6, 0.86, first=7.4, further=0.15, each=3.1, at_once=16),
     ("bitmap", "cuda"): Speed(3.5e-6, 0.075),
@@ -77,10 +82,12 @@ def seconds(stats: Stats, choice: FormatChoice, machine: Machine, tokens: int) -
     words = stats.nnz
     if choice.name == "delta":
         words = CHUNK * stats.chunks[choice.option("gap_bits")]
-    elif choice.name == "tiles":
+    elif choice.name in ("gather", "tiles"):
         words = nbytes // 2
     streamed = nbytes / (speed.share * machine.bandwidth)
     rate = max(machine.cores, 1) * _LANES * _CLOCK
-    issued = (words * (speed.first + speed.further * tokens) + elements * speed.each) / rate
+    at_once = tokens_at_once(cut_of(stats.shape, choice)) if choice.name == "gather" else speed.at_once
+    multiplied = -(-min(tokens, at_once) // speed.tile) * speed.tile
+    issued = (words * (speed.first + speed.further * multiplied) + elements * speed.each) / rate
     more = (tokens - 1) * (elements * speed.per_element + words * speed.per_word)
-    return -(-tokens // speed.at_once) * (speed.fixed + max(streamed, issued)) + more
+    return -(-tokens // at_once) * (speed.fixed + max(streamed, issued)) + more

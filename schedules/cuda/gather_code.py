@@ -1,0 +1,273 @@
+"""The CUDA of the gather kernel: x of 8 tokens column by column, 32 lanes' columns as fragments, a row's pieces added.
+
+    shared memory   x [tile / 8][class columns][8 units][8 tokens] bfloat16
+                    sums [tile / 8 x pieces][8 tokens][8 rows] float32
+                    the bin's tables: first pieces, rows, where their residual begins and ends, int32
+
+One ldmatrix brings 32 lanes' columns of one row of W, four matrices [8 lanes, 8 tokens], as they are the first operand
+of mma.m16n8k16: the first and third as products with rows 0 to 7 of it, the others with 8 to 15, k being 16 lanes each.
+Columns 2 a and 2 a + 1 of the second operand hold the values of rows a and 4 + a of the group, in two pairs of
+registers, for the one half of the lanes and the other. So of a product of row a, lane 4 t + a has token t's two sums as
+its first and its last number. All others are products of what does not belong together, and never looked at.
+"""
+
+from __future__ import annotations
+
+SOURCE = r"""
+#ifndef TVMS_GATHER_DEVICE
+#define TVMS_GATHER_DEVICE
+__device__ __forceinline__ int tvms_gather_address(const void* shared) { return (int)__cvta_generic_to_shared(shared); }
+template <int OFFSET> __device__ __forceinline__ void tvms_gather_columns(unsigned* to, int at) {
+  asm volatile("ldmatrix.sync.aligned.m8n8.x4.trans.shared.b16 {%0, %1, %2, %3}, [%4 + %5];"
+      : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(at), "n"(OFFSET));
+}
+__device__ __forceinline__ void tvms_gather_words(uint4& w, const uint4* from, bool there) {
+  // Read once: first to leave L2. Volatile, or ptxas might move it below the wait for the kernel before. No branch.
+  asm volatile("{.reg .pred p; setp.ne.s32 p, %5, 0; @p ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];}"
+      : "+r"(w.x), "+r"(w.y), "+r"(w.z), "+r"(w.w) : "l"(from), "r"((int)there));
+}
+// x is another kernel's work: volatile, so that no read of it moves before the wait for that kernel.
+__device__ __forceinline__ unsigned tvms_gather_one(const void* from) {
+  unsigned w;
+  asm volatile("ld.global.u32 %0, [%1];" : "=r"(w) : "l"(from) : "memory");
+  return w;
+}
+__device__ __forceinline__ unsigned tvms_gather_half(const void* from) {
+  unsigned short w;
+  asm volatile("ld.global.u16 %0, [%1];" : "=h"(w) : "l"(from) : "memory");
+  return w;
+}
+__device__ __forceinline__ void tvms_gather_copy(int* to, const int* from) {
+  int at = (int)__cvta_generic_to_shared(to);
+  asm volatile("cp.async.ca.shared.global [%0], [%1], 4;" :: "r"(at), "l"(from) : "memory");
+}
+__device__ __forceinline__ void tvms_gather_copied() { asm volatile("cp.async.wait_all;" ::: "memory"); }
+__device__ __forceinline__ unsigned tvms_gather_scaled(unsigned pair) {
+  // Two values times 2^96: a code's exponent would leave products with x below float32. Zeros stay.
+  unsigned scaled;
+  asm("fma.rn.bf16x2 %0, %1, %2, %3;" : "=r"(scaled) : "r"(pair), "r"(0x6f806f80u), "r"(0x80008000u));
+  return scaled;
+}
+__device__ __forceinline__ void tvms_gather_leave(float* to, float value) { *to = value; }
+__device__ __forceinline__ void tvms_gather_leave(nv_bfloat16* to, float value) { *to = __float2bfloat16_rn(value); }
+__device__ __forceinline__ void tvms_gather_send(float* mine, int rank, float value) {
+  // Into the same place of another CTA of the cluster.
+  unsigned at = (unsigned)__cvta_generic_to_shared(mine), there;
+  asm volatile("mapa.shared::cluster.u32 %0, %1, %2;" : "=r"(there) : "r"(at), "r"(rank));
+  asm volatile("st.shared::cluster.f32 [%0], %1;" :: "r"(there), "f"(value) : "memory");
+}
+__device__ __forceinline__ float tvms_gather_received(const float* mine) { return *mine; }
+__device__ __forceinline__ void tvms_gather_arrive() { asm volatile("barrier.cluster.arrive.release;" ::: "memory"); }
+__device__ __forceinline__ void tvms_gather_meet() { asm volatile("barrier.cluster.wait.acquire;" ::: "memory"); }
+__device__ __forceinline__ void tvms_gather_early() { asm volatile("griddepcontrol.launch_dependents;"); }
+__device__ __forceinline__ void tvms_gather_wait() { asm volatile("griddepcontrol.wait;" ::: "memory"); }
+#endif
+
+#ifndef TVMS_GATHER
+#define TVMS_GATHER
+// Two columns of a token as a pair of bfloat16; a float32 is the sum of three of them, exactly.
+__device__ __forceinline__ float tvms_gather_x(const nv_bfloat16* x) {
+  return __uint_as_float(tvms_gather_half(x) << 16);
+}
+__device__ __forceinline__ float tvms_gather_x(const float* x) { return __uint_as_float(tvms_gather_one(x)); }
+template <int K> __device__ __forceinline__ unsigned tvms_gather_pair(const nv_bfloat16* x, int left, int) {
+  if (K % 2 == 0) return tvms_gather_one(x);
+  return tvms_gather_half(x) | (left > 1 ? tvms_gather_half(x + 1) << 16 : 0);
+}
+template <int K> __device__ __forceinline__ unsigned tvms_gather_pair(const float* x, int left, int part) {
+  float low = tvms_gather_x(x), high = left > 1 ? tvms_gather_x(x + 1) : 0.f;
+  unsigned pair = 0;
+  for (int i = 0; i <= part; ++i) {
+    pair = __float_as_uint(low) >> 16 | (__float_as_uint(high) & 0xffff0000u);
+    low -= __uint_as_float(pair << 16), high -= __uint_as_float(pair & 0xffff0000u);
+  }
+  return pair;
+}
+
+// Columns [first, first + COLUMNS) of 8 tokens, of which `tokens` are there, CLASSES to a class column, 8 / CLASSES times.
+// `meanwhile` is done once the first loads are on their way.
+template <int CLASSES, int COLUMNS, int K, int THREADS, typename X, typename F>
+__device__ __forceinline__ void tvms_gather_stage(const X* x, int first, int tokens, int part, uint4* to, F meanwhile) {
+  const int TURNS = (COLUMNS / 2 + THREADS - 1) / THREADS, TOGETHER = TURNS < 4 ? TURNS : 4;
+#pragma unroll 1
+  for (int block = 0; block < TURNS; block += TOGETHER) {
+    unsigned u[TOGETHER][8];
+#pragma unroll
+    for (int turn = 0; turn < TOGETHER; ++turn) {
+      const int pair = (block + turn) * THREADS + threadIdx.x, left = pair < COLUMNS / 2 ? K - first - 2 * pair : 0;
+#pragma unroll
+      for (int i = 0; i < 8; ++i) {
+        u[turn][i] = 0;
+        if (i < tokens && left > 0)
+          u[turn][i] = tvms_gather_pair<K>(x + (long long)i * K + first + 2 * pair, left, part);
+      }
+    }
+    if (block == 0) meanwhile();
+#pragma unroll
+    for (int turn = 0; turn < TOGETHER; ++turn) {
+      const int pair = (block + turn) * THREADS + threadIdx.x;
+      const unsigned* v = u[turn];
+      if (pair >= COLUMNS / 2) continue;
+      const uint4 even = make_uint4(__byte_perm(v[0], v[1], 0x5410), __byte_perm(v[2], v[3], 0x5410),
+                                    __byte_perm(v[4], v[5], 0x5410), __byte_perm(v[6], v[7], 0x5410));
+      const uint4 odd = make_uint4(__byte_perm(v[0], v[1], 0x7632), __byte_perm(v[2], v[3], 0x7632),
+                                   __byte_perm(v[4], v[5], 0x7632), __byte_perm(v[6], v[7], 0x7632));
+      // Neighbouring lanes begin with different units: what 8 of them store at a time lies on different banks.
+      const int order = CLASSES > 1 ? pair / (CLASSES / 2) : pair;
+#pragma unroll
+      for (int s = 0; s < 16 / CLASSES; ++s) {
+        const int store = s ^ (order & (16 / CLASSES - 1)), second = store & 1, copy = store >> 1;
+        const int column = 2 * pair + second;
+        to[column / CLASSES * 8 + copy * CLASSES + column % CLASSES] = second ? odd : even;
+      }
+    }
+  }
+}
+
+template <int GAP_BITS, int PLANE, int HALVES>
+__device__ __forceinline__ void tvms_gather_chunk(uint4 words, int* at, float (*sums)[8][4]) {
+  const unsigned FIELD = (1u << GAP_BITS) - 1, VALUE = 0x80008000u | ((1u << (15 - GAP_BITS)) - 1) * 0x10001u;
+  const unsigned pairs[4] = {words.x, words.y, words.z, words.w};
+#pragma unroll
+  for (int h = 0; h < 2; ++h) {
+    const unsigned low = tvms_gather_scaled(pairs[2 * h] & VALUE), high = tvms_gather_scaled(pairs[2 * h + 1] & VALUE);
+    unsigned columns[4][HALVES][4];
+#pragma unroll
+    for (int a = 0; a < 4; ++a) {
+      // A class column is 128 bytes: the field's shift and the addition are one instruction, as half of a product.
+      const int row = 4 * h + a, begin = row % 2 * 16 + 15 - GAP_BITS;
+      at[row] += __umulhi(pairs[row / 2] & FIELD << begin, 1u << (32 - (begin - 7)));
+      tvms_gather_columns<0>(columns[a][0], at[row]);
+      if (HALVES == 2) tvms_gather_columns<HALVES == 2 ? PLANE : 0>(columns[a][HALVES - 1], at[row]);
+    }
+#pragma unroll
+    for (int a = 0; a < 4; ++a)
+#pragma unroll
+      for (int half = 0; half < HALVES; ++half)
+        tvms_mma_bf16(sums[half][4 * h + a], columns[a][half], low, high);
+  }
+}
+
+__device__ __forceinline__ float tvms_gather_pick(float a, float b, float c, float d, int which) {
+  const float low = which & 1 ? b : a, high = which & 1 ? d : c;
+  return which & 2 ? high : low;
+}
+
+template <int GAP_BITS, int WARPS, int CLASSES, int SPANS, int GROUPS, int TILE, int DEPTH, int N, int K, typename X,
+          typename Y>
+__device__ __forceinline__ void tvms_gather(
+    const X* x, const void* words, const int* warps, const int* groups, const int* rows, const int* row_ends,
+    const int* scale, const int* res_col, const nv_bfloat16* res_val, Y* y, void* memory, int bin, int span,
+    int tokens) {
+  const int COLUMNS = (K + 8 * SPANS - 1) / (8 * SPANS) * 8, PLANE = COLUMNS / CLASSES * 128, THREADS = WARPS * 32;
+  const int PIECES = GROUPS + WARPS - 1, PARTS = sizeof(X) == 4 ? 3 : 1, HALVES = TILE / 8;
+  const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
+  const int FIRSTS = GROUPS + 1, SLOTS = GROUPS * 8;
+  // Where x was, the totals of the cluster's other CTAs arrive.
+  const int OWN = HALVES * PLANE, OTHERS = (SPANS - 1) * SLOTS * TILE * 4;
+  float *of_others = (float*)memory, *sums_of = (float*)((char*)memory + (OWN > OTHERS ? OWN : OTHERS));
+  int *firsts = (int*)(sums_of + HALVES * PIECES * 64), *row_of = firsts + FIRSTS, *res_of = row_of + SLOTS;
+  // Lane l's unit of the class column before the first: heads count from 1.
+  const int origin = tvms_gather_address(memory) + (lane & 7) * 16 - 128;
+  tvms_gather_early();
+  const float by = __uint_as_float((unsigned)((int)tvms_gather_one(scale) + (127 - 96)) << 23);  // 2^(base - 96)
+  const int slots = bin * SLOTS, cta = bin * SPANS + span;
+  const int *own_warp = warps + 2 * (cta * WARPS + warp);
+  const int begin = (int)tvms_gather_one(own_warp), end = (int)tvms_gather_one(own_warp + 2);
+  const int first_piece = (int)tvms_gather_one(own_warp + 1);
+  // What the end needs is fetched at the beginning.
+  for (int i = threadIdx.x; i < FIRSTS; i += THREADS) tvms_gather_copy(firsts + i, groups + cta * FIRSTS + i);
+  for (int i = threadIdx.x; i < SLOTS; i += THREADS) {
+    tvms_gather_copy(row_of + i, rows + slots + i);
+    tvms_gather_copy(res_of + i + 1, row_ends + slots + i);
+  }
+  if (threadIdx.x == 0) {
+    if (slots) tvms_gather_copy(res_of, row_ends + slots - 1);
+    else res_of[0] = 0;
+  }
+  for (int part = 0; part < PARTS; ++part) {
+    int step = begin, piece = first_piece;
+    const uint4* from = (const uint4*)words + (long long)step * 32 + lane;
+    uint4 ring[DEPTH];
+    auto fill = [&]() {
+#pragma unroll
+      for (int d = 0; d < DEPTH; ++d) tvms_gather_words(ring[d], from + 32 * d, step + d < end);
+    };
+    if (part == 0) tvms_gather_wait();
+    else __syncthreads();
+    // Where the CTA's words are is known only now: x's first columns come sooner.
+    tvms_gather_stage<CLASSES, COLUMNS, K, THREADS>(x, span * COLUMNS, tokens, part, (uint4*)memory, fill);
+    if (HALVES == 2)
+      tvms_gather_stage<CLASSES, COLUMNS, K, THREADS>(x + 8 * K, span * COLUMNS, tokens - 8, part,
+                                                   (uint4*)memory + PLANE / 16, [] {});
+    tvms_gather_copied();
+    __syncthreads();
+
+    int at[8], left = 0;  // chunks of the piece to come
+    bool begun = false;
+    float sums[HALVES][8][4];
+    auto leave = [&]() {
+      float* to = sums_of + piece * 64 + lane / 4 * 8 + lane % 4;
+#pragma unroll
+      for (int i = 0; i < 2 * HALVES; ++i) {
+        float(*own)[4] = sums[i / 2] + i % 2 * 4, *at = to + i / 2 * PIECES * 64 + i % 2 * 4;
+        float sum = tvms_gather_pick(own[0][0] + own[0][3], own[1][0] + own[1][3], own[2][0] + own[2][3],
+                                     own[3][0] + own[3][3], lane % 4);
+        *at = part ? *at + sum : sum;
+      }
+      ++piece;
+    };
+    for (bool more = true; more; step += DEPTH, from += 32 * DEPTH) {
+#pragma unroll
+      for (int d = 0; d < DEPTH; ++d) {
+        if (left > 0) {
+          tvms_gather_chunk<GAP_BITS, PLANE, HALVES>(ring[d], at, sums);
+          --left;
+        } else {
+          if (begun) leave();
+          more = begun = step + d < end;
+          if (!more) break;
+          const unsigned head[4] = {ring[d].x, ring[d].y, ring[d].z, ring[d].w};
+          left = __shfl_sync(0xffffffffu, (int)(head[0] >> 12 & 15 | head[0] >> 28 << 4 | (head[1] >> 12 & 15) << 8), 0);
+#pragma unroll
+          for (int row = 0; row < 8; ++row) {
+            at[row] = origin + (int)(head[row / 2] >> (row % 2 * 16) & 0xfff) * 128;
+#pragma unroll
+            for (int i = 0; i < 4 * HALVES; ++i) sums[i / 4][row][i % 4] = 0.f;
+          }
+        }
+        tvms_gather_words(ring[d], from + 32 * (d + DEPTH), step + d + DEPTH < end);
+      }
+    }
+  }
+  if (SPANS > 1) tvms_gather_arrive(), tvms_gather_meet();
+  else __syncthreads();
+  float totals[(SLOTS * TILE + THREADS - 1) / THREADS];
+#pragma unroll
+  for (int turn = 0; turn < (SLOTS * TILE + THREADS - 1) / THREADS; ++turn) {
+    const int i = turn * THREADS + threadIdx.x, group = i / (TILE * 8), token = i / 8 % TILE;
+    totals[turn] = 0.f;
+    if (i >= SLOTS * TILE) continue;
+    const float* own = sums_of + token / 8 * PIECES * 64 + i % 64;
+    for (int piece = firsts[group]; piece < firsts[group + 1]; ++piece) totals[turn] += own[piece * 64];
+    if (span < SPANS - 1) tvms_gather_send(of_others + span * SLOTS * TILE + i, SPANS - 1, totals[turn]);
+  }
+  if (SPANS > 1) tvms_gather_arrive(), tvms_gather_meet();
+  if (span < SPANS - 1) return;
+#pragma unroll
+  for (int turn = 0; turn < (SLOTS * TILE + THREADS - 1) / THREADS; ++turn) {
+    const int i = turn * THREADS + threadIdx.x, token = i / 8 % TILE, slot = i / (TILE * 8) * 8 + i % 8;
+    if (i >= SLOTS * TILE || token >= tokens || row_of[slot] < 0) continue;
+    float total = totals[turn];
+#pragma unroll
+    for (int other = 0; other < SPANS - 1; ++other)
+      total += tvms_gather_received(of_others + other * SLOTS * TILE + i);
+    total *= by;
+    for (int r = res_of[slot]; r < res_of[slot + 1]; ++r)
+      total += __uint_as_float(tvms_gather_half(res_val + r) << 16) *
+               tvms_gather_x(x + (long long)token * K + tvms_gather_one(res_col + r));
+    tvms_gather_leave(y + (long long)token * N + row_of[slot], total);
+  }
+}
+#endif
+"""
