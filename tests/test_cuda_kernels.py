@@ -34,6 +34,8 @@ CHOICES = [
     FORMATS["delta"].choice(5, 3, 2, 32, 8),
     FORMATS["tiles"].choice(),
     FORMATS["tiles"].choice(5, 3, 2, 3, 6),
+    FORMATS["gather"].choice(),
+    FORMATS["gather"].choice(5, 3, 16, 4, 2),
 ]
 
 

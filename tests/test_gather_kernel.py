@@ -30,8 +30,9 @@ static unsigned scaled(unsigned bits) {
 static unsigned tvms_gather_scaled(unsigned pair) { return scaled(pair & 0xffff) | scaled(pair >> 16) << 16; }
 // CTAs of a cluster run one after the other, the one that receives last; what is sent outlasts the others' memory.
 static float sent[1 << 14];
-static void tvms_gather_send(float* mine, int, float value) { sent[(float*)mine - (float*)shared_memory & 0x3fff] = value; }
-static float tvms_gather_received(const float* mine) { return sent[mine - (const float*)shared_memory & 0x3fff]; }
+static float& sent_to(const float* mine) { return sent[mine - (const float*)shared_memory]; }
+static void tvms_gather_send(float* mine, int, float value) { sent_to(mine) = value; }
+static float tvms_gather_received(const float* mine) { return sent_to(mine); }
 static void tvms_gather_arrive() {}
 static void tvms_gather_meet() { __syncthreads(); }
 static void tvms_gather_early() {}
@@ -39,12 +40,6 @@ static void tvms_gather_wait() {}
 static void tvms_gather_leave(float* to, float value) { *to = value; }
 static void tvms_gather_leave(nv_bfloat16* to, float value) { to->bits = rounded(value); }
 static unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)((unsigned long long)a * b >> 32); }
-static unsigned __byte_perm(unsigned a, unsigned b, unsigned selector) {
-  unsigned long long all = (unsigned long long)b << 32 | a;
-  unsigned out = 0;
-  for (int i = 0; i < 4; ++i) out |= (unsigned)(all >> (selector >> (4 * i) & 7) * 8 & 255) << (8 * i);
-  return out;
-}
 """
 
 # gap bits, bins, warps, classes, spans; N, K; tokens, declared tokens; dtypes of x and y; decisions

@@ -149,5 +149,5 @@ def test_a_cpu_never_takes_tiles():
 
 
 def test_a_gpu_takes_tiles_for_many_sequences_only():
-    chosen = [decide("w", expected_stats((16480, 5120), 0.25), [MACHINES["h200"]], batch) for batch in (1, 8, 16)]
-    assert [entry.choice.name for entry in chosen] == ["delta", "tiles", "tiles"]
+    chosen = [decide("w", expected_stats((16480, 5120), 0.25), [MACHINES["h200"]], batch) for batch in (1, 16)]
+    assert [entry.choice.name for entry in chosen] == ["delta", "tiles"]

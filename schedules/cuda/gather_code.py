@@ -84,8 +84,8 @@ template <int K> __device__ __forceinline__ unsigned tvms_gather_pair(const floa
   return pair;
 }
 
-// Columns [first, first + COLUMNS) of 8 tokens, of which `tokens` are there, CLASSES to a class column, 8 / CLASSES times.
-// `meanwhile` is done once the first loads are on their way.
+// Columns [first, first + COLUMNS) of 8 tokens, of which `tokens` are there; CLASSES to a class column, 8 / CLASSES
+// times. `meanwhile` is done once the first loads are on their way.
 template <int CLASSES, int COLUMNS, int K, int THREADS, typename X, typename F>
 __device__ __forceinline__ void tvms_gather_stage(const X* x, int first, int tokens, int part, uint4* to, F meanwhile) {
   const int TURNS = (COLUMNS / 2 + THREADS - 1) / THREADS, TOGETHER = TURNS < 4 ? TURNS : 4;
@@ -228,7 +228,8 @@ __device__ __forceinline__ void tvms_gather(
           more = begun = step + d < end;
           if (!more) break;
           const unsigned head[4] = {ring[d].x, ring[d].y, ring[d].z, ring[d].w};
-          left = __shfl_sync(0xffffffffu, (int)(head[0] >> 12 & 15 | head[0] >> 28 << 4 | (head[1] >> 12 & 15) << 8), 0);
+          left = (int)(head[0] >> 12 & 15 | head[0] >> 28 << 4 | (head[1] >> 12 & 15) << 8);
+          left = __shfl_sync(0xffffffffu, left, 0);
 #pragma unroll
           for (int row = 0; row < 8; ++row) {
             at[row] = origin + (int)(head[row / 2] >> (row % 2 * 16) & 0xfff) * 128;

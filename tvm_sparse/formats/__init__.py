@@ -12,7 +12,8 @@ from tvm_sparse.formats.stats import Stats, measure
 from tvm_sparse.formats.tiles import Tiles
 from tvm_sparse.formats.two_four import TwoFour
 
-FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in (Dense(), Bitmap(), Delta(), Gather(), Tiles(), TwoFour(), Block())}
+_ALL: tuple[Format, ...] = (Dense(), Bitmap(), Delta(), Gather(), Tiles(), TwoFour(), Block())
+FORMATS: dict[str, Format] = {fmt.name: fmt for fmt in _ALL}
 
 __all__ = ["FORMATS", "Buffer", "Format", "FormatChoice", "Packed", "Stats", "measure", "pack", "unpack"]
 

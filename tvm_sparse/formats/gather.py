@@ -35,7 +35,7 @@ _FULLEST = {8: 1.42, 4: 1.03, 2: 0.56, 1: 0.0}  # of so many normal numbers, the
 
 @dataclass(frozen=True)
 class Cut:
-    """How a matrix [n, k] is shared out: groups of 8 rows to `bins`, columns to `spans`; a CTA has one span of a bin."""
+    """How a matrix [n, k] is shared out: groups of 8 rows to `bins`, columns to `spans`; a CTA has a span of a bin."""
 
     n: int
     k: int
@@ -159,8 +159,8 @@ class Gather:
         bits = as_bits(weight)
         (n, k), device = bits.shape, bits.device
         cut = cut_of((n, k), choice)
-        if cut.columns // cut.classes >= START:
-            raise Refusal(f"[{n}, {k}] in {choice}: more than {START - 1} columns of a class: use more spans or classes")
+        if not _countable(cut):
+            raise Refusal(f"[{n}, {k}] in {choice}: {START} columns of a class or more: use more spans or classes")
         exponents = torch.stack(over_blocks(lambda a, b: exponents_of(bits[a:b]), n, k, device)).sum(0).tolist()
         code, _ = best_code(exponents, cut.gap_bits)
 
@@ -240,11 +240,16 @@ def cuts_for(shape: Shape, machine: Machine) -> list[dict[str, int]]:
         for spans in (1, 2, 4, 8):
             bins = max(1, machine.cores // spans)
             cuts = [Cut(*shape, 4, bins, warps, classes, spans) for classes in (4, 8)]
-            fit = next((cut for cut in cuts if cut.columns // cut.classes < START and shared_bytes(cut, tile) <= SHARED), None)
-            if fit and spans <= most_spans:
-                made.append({"bins": bins, "warps": warps, "classes": fit.classes, "spans": spans})
+            fits = [cut.classes for cut in cuts if shared_bytes(cut, tile) <= SHARED and _countable(cut)]
+            if fits and spans <= most_spans:
+                made.append({"bins": bins, "warps": warps, "classes": fits[0], "spans": spans})
                 break
     return made
+
+
+def _countable(cut: Cut) -> bool:
+    """Whether a head has bits for every class column."""
+    return cut.columns // cut.classes < START
 
 
 def tokens_at_once(cut: Cut) -> int:
@@ -324,7 +329,7 @@ def _written(held: Lanes, pieces: torch.Tensor, chunks: int, cut: Cut, code: Cod
 
 
 def _heads(words: torch.Tensor, warps: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
-    """int16 [chunks, 32, 8] and their `warps` -> where heads stand, ascending; of which warp, which piece of its bin."""
+    """int16 [chunks, 32, 8] and their `warps` -> where heads stand, ascending; of which warp, which piece of a CTA."""
     first = words[:, 0, :3].to(torch.int32) >> 12 & 15
     steps = (first << 4 * torch.arange(3, device=words.device)).sum(1)
     at, job, number = warps[:-1, 0], torch.arange(len(warps) - 1, device=words.device), warps[:-1, 1]

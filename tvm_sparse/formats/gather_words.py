@@ -97,4 +97,5 @@ def lanes(found: Entries, classes: int, spans: int, code: Code) -> Lanes:
     moved = gaps.view(shape).sum(4, dtype=torch.int64)
     # A lane without words stays on a column that is there; the others move before they read.
     starts = torch.maximum(pad(moved.cumsum(3), (1, -1)), (moved == 0).long())
-    return Lanes(by_lane(gaps.view(shape)), by_lane(values.view(shape)), by_lane(starts), lengths(found, classes, spans))
+    steps_of_rows = lengths(found, classes, spans)
+    return Lanes(by_lane(gaps.view(shape)), by_lane(values.view(shape)), by_lane(starts), steps_of_rows)

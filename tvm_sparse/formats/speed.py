@@ -23,8 +23,8 @@ class Speed:
     """`fixed` seconds a call; `share` of the machine's bandwidth.
 
     On a GPU a word takes `first` instructions and `further` more for each token, of which there are whole `tile`s; a
-    dense element takes `each`; the whole call is repeated for every `at_once` tokens. On a CPU every token but the first takes `per_element` seconds
-    for each dense element and `per_word` for each packed word.
+    dense element takes `each`; the whole call is repeated for every `at_once` tokens. On a CPU every token but the
+    first takes `per_element` seconds for each dense element and `per_word` for each packed word.
     """
 
     fixed: float
@@ -56,8 +56,8 @@ SPEEDS = {
     # Tiles: 12.9, 10.4 and 9.5 us at [5120, 6144], 30.0, 23.8 and 18.0 us at [5120, 17408] with 50, 75 and 90 % zeros
     # and 8 tokens, 1 to 5 us more with 16.
     ("dense", "cuda"): Speed(2.5e-6, 0.92),
-    # Gather, 8 tokens: 66.3, 37.6 and 20.4 us at [34816, 5120], 38.3, 23.4 and 14.0 at [5120, 17408], 16.3, 11.0 and 7.7
-    # at [5120, 6144] with 50, 75 and 90 % zeros; 16 at once 121.7, 68.7 and 36.2 us at [34816, 5120].
+    # Gather, 8 tokens: 66.3, 37.6 and 20.4 us at [34816, 5120], 38.3, 23.4 and 14.0 us at [5120, 17408], 16.3, 11.0 and
+    # 7.7 us at [5120, 6144] with 50, 75 and 90 % zeros; 16 at once 121.7, 68.7 and 36.2 us at [34816, 5120].
     ("gather", "cuda"): Speed(4.5e-6, 0.86, first=3.5, further=2.0, tile=8),
     ("delta", "cuda"): Speed(2.1e-6, 0.905, first=5.0, further=5.0),
     ("tiles", "cuda"): Speed(4.0e-6, 0.86, first=7.4, further=0.15, each=3.1, at_once=16),
