@@ -103,5 +103,5 @@ def test_decoding_gives_the_matrix_back(case, tmp_path):
     threads = 32 * min(24, (200 << 10) // (2 * cut_of((n, k), spec.choice).columns))
     weight = matrix(n, k)
     dense = torch.full((n, k), float("nan"), dtype=torch.bfloat16)
-    kernels.run("kernel_kernel", (cut[1],), threads, {"w": dense, **pack(weight, spec.choice).buffers})
+    kernels.run("kernel_kernel", (cut[1] * cut[4],), threads, {"w": dense, **pack(weight, spec.choice).buffers})
     assert torch.equal(dense.view(torch.int16), weight.view(torch.int16).masked_fill(weight == 0, 0))

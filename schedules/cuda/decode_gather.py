@@ -1,4 +1,4 @@
-"""The gather format back to a dense matrix, on a GPU: a warp takes a row's columns of one span at a time.
+"""The gather format back to a dense matrix, on a GPU: a CTA has a bin's rows in one span, a warp one of them at a time.
 
 It walks the chunks of its group for this one row, each lane by its own gaps, and puts values into the row's columns,
 which stand in shared memory and are written whole.
@@ -22,7 +22,7 @@ _SOURCE = r"""
 template <int GAP_BITS, int WARPS, int CLASSES, int SPANS, int GROUPS, int AT_ONCE, int K>
 __device__ __forceinline__ void tvms_decode_gather(
     const ushort* words, const int* warps, const int* groups, const int* rows, const int* row_ends, const int* scale,
-    const int* res_col, const void* res_val, void* dense, void* memory) {
+    const int* res_col, const void* res_val, void* dense, void* memory, int bin, int span) {
   const int COLUMNS = (K + 8 * SPANS - 1) / (8 * SPANS) * 8, SHIFT = 15 - GAP_BITS;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const unsigned base = (unsigned)*scale << 7;
@@ -30,12 +30,11 @@ __device__ __forceinline__ void tvms_decode_gather(
   ushort* row = (ushort*)own;
   for (int i = lane; i < COLUMNS / 8; i += 32) own[i] = make_uint4(0, 0, 0, 0);
   __syncwarp();
-  for (int task = warp; task < SPANS * GROUPS * 8; task += AT_ONCE) {
-    const int span = task / (GROUPS * 8), group = task / 8 % GROUPS, place = task % 8;
-    const int slot = (blockIdx.x * GROUPS + group) * 8 + place, target = rows[slot];
+  const int* job = warps + 2 * (bin * SPANS + span) * WARPS;
+  for (int i = warp; i < GROUPS * 8; i += AT_ONCE) {
+    const int place = i % 8, slot = bin * GROUPS * 8 + i, target = rows[slot];
     if (target < 0) continue;
-    const int* job = warps + 2 * (blockIdx.x * SPANS + span) * WARPS;
-    const int* pieces = groups + (blockIdx.x * SPANS + span) * (GROUPS + 1) + group;
+    const int* pieces = groups + (bin * SPANS + span) * (GROUPS + 1) + i / 8;
     for (int piece = pieces[0]; piece < pieces[1]; ++piece) {
       int owner = 0;  // the last warp whose first piece is not behind this one
 #pragma unroll 8
@@ -90,7 +89,7 @@ def build(spec: KernelSpec) -> tvm.tirx.PrimFunc:
         res_val: T.Buffer((nr,), "bfloat16"),
         w: T.Buffer((n, k), "bfloat16"),
     ):
-        T.launch_thread("blockIdx.x", cut.bins)
+        block = T.launch_thread("blockIdx.x", cut.bins * cut.spans)
         T.launch_thread("threadIdx.x", at_once * WARP)
         shared = T.alloc_buffer((at_once * cut.columns // 2,), "uint32", scope="shared.dyn")
         T.evaluate(
@@ -106,6 +105,8 @@ def build(spec: KernelSpec) -> tvm.tirx.PrimFunc:
                 T.address_of(res_val[0]),
                 T.address_of(w[0, 0]),
                 shared.data,  # address_of would make TVM shrink it to one element
+                block // cut.spans,
+                block % cut.spans,
                 source_code=_SOURCE,
             )
         )

@@ -85,9 +85,9 @@ template <int K> __device__ __forceinline__ unsigned tvms_gather_pair(const floa
 }
 
 // Columns [first, first + COLUMNS) of 8 tokens, of which `tokens` are there; CLASSES to a class column, 8 / CLASSES
-// times. `meanwhile` is done once the first loads are on their way.
-template <int CLASSES, int COLUMNS, int K, int THREADS, typename X, typename F>
-__device__ __forceinline__ void tvms_gather_stage(const X* x, int first, int tokens, int part, uint4* to, F meanwhile) {
+// times.
+template <int CLASSES, int COLUMNS, int K, int THREADS, typename X>
+__device__ __forceinline__ void tvms_gather_stage(const X* x, int first, int tokens, int part, uint4* to) {
   const int TURNS = (COLUMNS / 2 + THREADS - 1) / THREADS, TOGETHER = TURNS < 4 ? TURNS : 4;
 #pragma unroll 1
   for (int block = 0; block < TURNS; block += TOGETHER) {
@@ -102,7 +102,6 @@ __device__ __forceinline__ void tvms_gather_stage(const X* x, int first, int tok
           u[turn][i] = tvms_gather_pair<K>(x + (long long)i * K + first + 2 * pair, left, part);
       }
     }
-    if (block == 0) meanwhile();
 #pragma unroll
     for (int turn = 0; turn < TOGETHER; ++turn) {
       const int pair = (block + turn) * THREADS + threadIdx.x;
@@ -189,17 +188,13 @@ __device__ __forceinline__ void tvms_gather(
     int step = begin, piece = first_piece;
     const uint4* from = (const uint4*)words + (long long)step * 32 + lane;
     uint4 ring[DEPTH];
-    auto fill = [&]() {
 #pragma unroll
-      for (int d = 0; d < DEPTH; ++d) tvms_gather_words(ring[d], from + 32 * d, step + d < end);
-    };
+    for (int d = 0; d < DEPTH; ++d) tvms_gather_words(ring[d], from + 32 * d, step + d < end);
     if (part == 0) tvms_gather_wait();
     else __syncthreads();
-    // Where the CTA's words are is known only now: x's first columns come sooner.
-    tvms_gather_stage<CLASSES, COLUMNS, K, THREADS>(x, span * COLUMNS, tokens, part, (uint4*)memory, fill);
-    if (HALVES == 2)
-      tvms_gather_stage<CLASSES, COLUMNS, K, THREADS>(x + 8 * K, span * COLUMNS, tokens - 8, part,
-                                                   (uint4*)memory + PLANE / 16, [] {});
+    for (int half = 0; half < HALVES; ++half)
+      tvms_gather_stage<CLASSES, COLUMNS, K, THREADS>(x + 8 * half * K, span * COLUMNS, tokens - 8 * half, part,
+                                                      (uint4*)memory + half * (PLANE / 16));
     tvms_gather_copied();
     __syncthreads();
 

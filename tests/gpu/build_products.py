@@ -17,6 +17,7 @@ import tvm
 from tvm_sparse.codegen.cuda import build_cuda_library
 from tvm_sparse.formats import FORMATS
 from tvm_sparse.formats.delta import gpu_classes
+from tvm_sparse.formats.gather import cuts_for
 from tvm_sparse.schedules.product import dense_spec, product, write_products
 from tvm_sparse.schedules.spec import KernelSpec
 from tvm_sparse.schedules.table import DECODERS, decoder, instantiate
@@ -27,22 +28,23 @@ MODEL = ((34816, 5120), (5120, 17408), (16480, 5120), (14336, 5120), (5120, 6144
 BATCHES = (2, 16)  # sequences decoded together with dense matrices
 
 
-def choices(k: int):
+def choices(n: int, k: int):
     """Every format with a decoder, as the plan would cut it for an H200."""
     cut = {"block": {"rows": 16, "cols": 16}, "delta": {"classes": gpu_classes(k)}}
+    cut["gather"] = cuts_for((n, k), MACHINES["h200"])[0]
     return [FORMATS[name].choice(**cut.get(name, {})) for name in DECODERS]
 
 
 def ragged():
     for i, (n, k) in enumerate(RAGGED):
-        for choice in [FORMATS["dense"].choice(), *choices(k), FORMATS["block"].choice(3, 20)]:
+        for choice in [FORMATS["dense"].choice(), *choices(n, k), FORMATS["block"].choice(3, 20)]:
             yield KernelSpec(choice, n, k, None, "bfloat16", ("bfloat16", "float32")[i % 2], "sm_90a")
 
 
 def whole():
     dense = FORMATS["dense"].choice()
     for n, k in MODEL:
-        for choice in [dense, *choices(k)]:
+        for choice in [dense, *choices(n, k)]:
             yield KernelSpec(choice, n, k, None, "bfloat16", "bfloat16", "sm_90a")
         for m in BATCHES:
             yield KernelSpec(dense, n, k, m, "bfloat16", "bfloat16", "sm_90a")
