@@ -9,7 +9,7 @@ side: classes * copies * tile words are 32 where there is room, so a lane finds 
 the same banks, no two lanes of a warp (of a half or quarter warp, where a lane loads 2 or 4 tokens) on the same ones.
 Where a segment ends, a lane puts its sum away as a part and goes on with the next; the parts of a row are added in
 order, first those of a class, then the classes, so two runs agree bit for bit, and the bins' order is undone at the
-store. The residual is added from x itself.
+store. The residual is added up while the first words are on their way.
 """
 
 from __future__ import annotations
@@ -71,9 +71,9 @@ def _columns(spec: KernelSpec, depth: int = max(_DEPTHS)) -> int:
 
 
 def _parts(spec: KernelSpec) -> int:
-    """Numbers a token's parts take in a bin."""
-    classes = spec.choice.option("classes")
-    return spec.choice.option("warps") * WARP + classes * slots(spec.n, spec.choice.option("bins"))
+    """Numbers a token's parts take in a bin, and what values outside the window add to its rows."""
+    classes, room = spec.choice.option("classes"), slots(spec.n, spec.choice.option("bins"))
+    return spec.choice.option("warps") * WARP + (classes + 1) * room
 
 
 def _copies(spec: KernelSpec, tile: int) -> int:
@@ -105,7 +105,8 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
     parts = padded * width  # where the parts begin; after them the first part of each segment, then the table of rows
     firsts = parts + -(-classes * span * tile // 4) * 4
     table = firsts + -(-classes * room // 8) * 4
-    squared = table + 2 * room  # the warps' sums of squares of x
+    outside = table + 2 * room  # what values outside the window add to each row
+    squared = outside + room * tile  # the warps' sums of squares of x
     total_words = squared + (warps if normed else 0)
     if overlap and tile == 1:
         total_words = max(total_words, ALONE // 4)
@@ -224,6 +225,7 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
         sums = T.alloc_buffer((tile,), "float32", scope="local")
         row = T.alloc_buffer((1,), "int32", scope="local")
         rest = T.alloc_buffer((2,), "int32", scope="local")
+        column = T.alloc_buffer((1,), "int32", scope="local")
         total = T.alloc_buffer((tile,), "float32", scope="local")
         left = T.alloc_buffer((1,), "float32", scope="local")
         base = T.alloc_buffer((1,), "int32", scope="local")
@@ -317,6 +319,19 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
                 shared[squared + warp] = squares[0]
         T.evaluate(T.ptx["cp.async.wait_all"]())
         T.tvm_storage_sync("shared.dyn")
+        # What no word can hold, while the first words are still on their way. `put`: TVM would see a race with x.
+        for turn in range(T.ceildiv(room - 1, threads)):
+            if turn * threads + thread < room - 1:
+                rest[0] = own[table + room + turn * threads + thread]
+                rest[1] = own[table + room + turn * threads + thread + 1]
+                for token in T.unroll(tile):
+                    left[0] = T.float32(0)
+                    for p in range(rest[1] - rest[0]):
+                        column[0] = res_col[rest[0] + p]
+                        left[0] += f32(res_val[rest[0] + p]) * (
+                            shared[column[0] * width + token] * T.float32(2.0**-96)
+                        )
+                    put(address(shared[outside + (turn * threads + thread) * tile + token]), left[0])
         if T.bool(add):  # of the rows whose sums this thread is to finish
             for turn in T.unroll(row_turns):
                 row[0] = -1
@@ -357,8 +372,6 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
             row[0] = -1
             if slot < room - 1:
                 row[0] = own[table + slot]
-                rest[0] = own[table + room + slot]
-                rest[1] = own[table + room + slot + 1]
             for token in T.unroll(tile):
                 total[token] = T.float32(0)
             if row[0] >= 0:
@@ -370,17 +383,11 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
             if row[0] >= 0 and thread % helpers == 0:
                 for token in T.unroll(tile):
                     if tiles * tile + token < m:
-                        left[0] = T.float32(0)
-                        for p in range(rest[1] - rest[0]):
-                            up[0] = read(x, tiles * tile + token, res_col[rest[0] + p])
-                            if T.bool(normed):
-                                up[0] = up[0] * norm[res_col[rest[0] + p]]
-                            left[0] += f32(res_val[rest[0] + p]) * up[0]
                         # 2^(base - 96), built as the exponent field of a float32
                         total[token] = (
                             total[token]
                             * T.reinterpret("float32", T.shift_left(base[0] + (127 - 96), T.int32(23)))
-                            + left[0]
+                            + shared[outside + slot * tile + token]
                         )
                         if T.bool(normed):
                             total[token] = total[token] * squares[0]
