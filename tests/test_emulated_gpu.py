@@ -31,7 +31,7 @@ CASES = {
     "many-tokens": ((4, 2, 3, 16, 4), (65, 96), 11, None, "bfloat16", "bfloat16", {}),
     "full-bin": ((4, 1, 2, 1, 8), (34, 8), 1, 1, "bfloat16", "float32", {}),
     "fourteen-bits": ((4, 3, 2, 8, 9), (100, 72), 1, 1, "bfloat16", "float32", {}),
-    "fourteen-bits-in-threes": ((3, 2, 4, 4, 3), (70, 300), 2, 2, "bfloat16", "bfloat16", {"depth": 2}),
+    "fourteen-bits-two-tokens": ((3, 2, 4, 4, 9), (70, 300), 2, 2, "bfloat16", "bfloat16", {"depth": 2}),
     "few-words": ((4, 5, 8, 8, 4), (9, 8), 2, None, "float32", "float32", {}),
 }
 # the same, and what is fused: norm, after

@@ -17,7 +17,7 @@ from tvm_sparse.formats.delta_chunks import unfold, words_of
 DELTA = FORMATS["delta"]
 ANY = [FORMATS["dense"].choice(), FORMATS["bitmap"].choice(), FORMATS["block"].choice(rows=3, cols=5)]
 CUTS = ((3, 2, 1, 1, 8), (4, 132, 16, 8, 4), (4, 1, 1, 32, 4), (5, 5, 3, 2, 8), (6, 40, 2, 16, 4), (4, 64, 1, 1, 8))
-CUTS += ((4, 7, 2, 8, 9), (3, 3, 1, 16, 3))  # words of 14 bits
+CUTS += ((4, 7, 2, 8, 9), (3, 3, 1, 16, 9))  # words of 14 bits
 ANY += [DELTA.choice(*cut) for cut in CUTS]
 GATHERS = ((4, 3, 2, 8, 1), (3, 1, 24, 4, 2), (6, 132, 1, 1, 3), (5, 2, 5, 2, 1))
 ANY += [FORMATS["gather"].choice(*cut) for cut in GATHERS]

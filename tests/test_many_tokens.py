@@ -85,7 +85,7 @@ DECODED = {
     "delta": (FORMATS["delta"].choice(4, 3, 2, 8, 4), 100, 72, (3, 1)),
     "delta-a-lane-a-class": (FORMATS["delta"].choice(6, 3, 3, 32, 4), 57, 1000, (3, 1)),
     "delta-one-class": (FORMATS["delta"].choice(3, 5, 2, 1, 8), 33, 40, (5, 1)),
-    "delta-fourteen-bits": (FORMATS["delta"].choice(4, 3, 2, 4, 3), 70, 104, (3, 1)),
+    "delta-fourteen-bits": (FORMATS["delta"].choice(4, 3, 2, 4, 9), 70, 104, (3, 1)),
     "2to4": (FORMATS["2:4"].choice(), 37, 72, (2, 1)),
     "block": (FORMATS["block"].choice(4, 8), 21, 72, (6, 1)),
     "block-parts": (FORMATS["block"].choice(16, 16), 21, 1000, (2, 2)),

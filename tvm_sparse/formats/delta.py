@@ -23,7 +23,7 @@ from tvm_sparse.formats.delta_words import END, Code, Survey, best_code, columns
 from tvm_sparse.formats.stats import CHUNK, GAP_BITS, Stats
 from tvm_sparse.targets import Machine
 
-_GAPS = {4: GAP_BITS, 8: GAP_BITS, 3: (3, 4), 9: (3, 4)}
+_GAPS = {4: GAP_BITS, 8: GAP_BITS, 9: (3, 4)}
 """By unit, how many bits a gap may have."""
 _RESIDUAL = 2e-4
 """Share of the values that may be outside the window of words of 14 bits: a kernel adds them one after the other."""
@@ -39,7 +39,7 @@ class Delta:
         bit   15      14..11     10..7           6..0
               sign    gap - 1    exponent code   bf16 mantissa
 
-    A word of 14 bits (U of 3 or 9) has two exponent bits less, so for g = 4 only three exponents: enough for what is
+    A word of 14 bits (U of 9) has two exponent bits less, so for g = 4 only three exponents: enough for what is
     left of trained weights once the smallest three quarters are zero. `delta_chunks` says how 9 of them fill 16 bytes;
     everywhere else they are 16-bit words whose code is small.
 
@@ -88,7 +88,7 @@ class Delta:
         if not known or classes not in (1, 2, 4, 8, 16, 32):
             asked = ", ".join(f"{key}={value}" for key, value in options.items())
             limits = "gap_bits is 3 to 6, bins at least 1, warps 1 to 32, classes a power of two up to 32, unit 4 or 8"
-            raise Refusal(f"delta {asked}: {limits}, or 3 or 9 with gap_bits 3 or 4")
+            raise Refusal(f"delta {asked}: {limits}, or 9 with gap_bits 3 or 4")
         return FormatChoice(self.name, tuple(options.items()))
 
     def choices(self, stats: Stats, machine: Machine) -> Sequence[FormatChoice]:

@@ -22,7 +22,7 @@ PLACE = (0, 4, 2, 6)
 
 def words_of(unit: int) -> int:
     """Words of a chunk in a stream of such units."""
-    return 9 if unit % 3 == 0 else SLOTS
+    return max(SLOTS, unit)
 
 
 def bits_of(unit: int) -> int:
