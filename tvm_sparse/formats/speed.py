@@ -49,8 +49,8 @@ SPEEDS = {
     ("2:4", "cpu"): Speed(1e-6, 0.44, per_element=5.5e-12),
     ("block", "cpu"): Speed(1e-6, 0.44, per_element=5.5e-12),
     ("delta", "cpu"): Speed(1e-6, 0.08, per_word=250e-12),
-    # H200, 4.8e12 bytes a second. Dense: 82 us at [34816, 5120], 16.5 us at [5120, 6144]. Delta: 23.5 us and 5.9 us at
-    # 75 %, 43.3 us and 9.5 us at 50 % (docs/kernels.md); 5 instructions a word and 5 for each token; with 8 tokens 135,
+    # H200, 4.8e12 bytes a second. Dense: 82 us at [34816, 5120], 16.5 us at [5120, 6144]. Delta: 21.6 us and 6.1 us at
+    # 75 %, 38.9 us and 9.1 us at 50 % (docs/kernels.md); 5 instructions a word and 5 for each token; with 8 tokens 135,
     # 75 and 39 us at [34816, 5120]. Our kernels of the other formats for one token, at [34816, 5120] and [5120, 6144]:
     # bitmap at 50 % 564 and 100 us, 2:4 246 and 55 us, 16x16 blocks at 50 % 314 and 65 us, all slower than dense.
     # Tiles: 12.9, 10.4 and 9.5 us at [5120, 6144], 30.0, 23.8 and 18.0 us at [5120, 17408] with 50, 75 and 90 % zeros
