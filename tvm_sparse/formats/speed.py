@@ -22,9 +22,9 @@ from tvm_sparse.targets import Machine
 class Speed:
     """`fixed` seconds a call; `share` of the machine's bandwidth.
 
-    On a GPU a word takes `first` instructions and `further` more for each token, of which there are whole `tile`s; a
-    dense element takes `each`; the whole call is repeated for every `at_once` tokens. On a CPU every token but the
-    first takes `per_element` seconds for each dense element and `per_word` for each packed word.
+    On a GPU a word takes `first` instructions and `further` more for each token, a dense element takes `each`; the
+    whole call is repeated for every `at_once` tokens. On a CPU every token but the first takes `per_element` seconds
+    for each dense element and `per_word` for each packed word.
     """
 
     fixed: float
@@ -32,7 +32,6 @@ class Speed:
     first: float = 0.0
     further: float = 0.0
     each: float = 0.0
-    tile: int = 1
     at_once: int = 1 << 30
     per_element: float = 0.0
     per_word: float = 0.0
@@ -58,7 +57,7 @@ SPEEDS = {
     ("dense", "cuda"): Speed(2.5e-6, 0.92),
     # Gather, 8 tokens: 66.3, 37.1 and 19.4 us at [34816, 5120], 38.3, 23.8 and 14.1 us at [5120, 17408], 16.3, 10.4 and
     # 6.8 us at [5120, 6144] with 50, 75 and 90 % zeros; 16 at once 121.7, 68.4 and 35.1 us at [34816, 5120].
-    ("gather", "cuda"): Speed(4.5e-6, 0.86, first=2.5, further=2.0, tile=8),
+    ("gather", "cuda"): Speed(4.5e-6, 0.86, first=2.5, further=2.0),
     ("delta", "cuda"): Speed(2.1e-6, 0.905, first=5.0, further=5.0),
     ("tiles", "cuda"): Speed(4.0e-6, 0.86, first=7.4, further=0.15, each=3.1, at_once=16),
     ("bitmap", "cuda"): Speed(3.5e-6, 0.075),
@@ -86,8 +85,9 @@ def seconds(stats: Stats, choice: FormatChoice, machine: Machine, tokens: int) -
         words = nbytes // 2
     streamed = nbytes / (speed.share * machine.bandwidth)
     rate = max(machine.cores, 1) * _LANES * _CLOCK
-    at_once = tokens_at_once(cut_of(stats.shape, choice)) if choice.name == "gather" else speed.at_once
-    multiplied = -(-min(tokens, at_once) // speed.tile) * speed.tile
+    at_once, multiplied = speed.at_once, min(tokens, speed.at_once)
+    if choice.name == "gather":  # 8 or 16, whether they are there or not
+        at_once = multiplied = tokens_at_once(cut_of(stats.shape, choice))
     issued = (words * (speed.first + speed.further * multiplied) + elements * speed.each) / rate
     more = (tokens - 1) * (elements * speed.per_element + words * speed.per_word)
     return -(-tokens // at_once) * (speed.fixed + max(streamed, issued)) + more
