@@ -18,6 +18,7 @@ from tvm_sparse.formats.base import Buffer, FormatChoice, Packed, Shape
 from tvm_sparse.formats.bits import as_bits, magnitude
 from tvm_sparse.formats.blocks import over_blocks
 from tvm_sparse.formats.delta_words import Code, best_code
+from tvm_sparse.formats.residual import residual_of
 from tvm_sparse.formats.stats import Stats
 from tvm_sparse.formats.tile_words import LANES, RING, Lap, nibbles, positions, streams
 from tvm_sparse.targets import Machine
@@ -167,7 +168,7 @@ class Tiles:
         parts = over_blocks(write, cut.bins, cut.rows * k, device)
         words, counts, needed, rounds = (torch.cat(kind) for kind in zip(*parts, strict=True))
         words = torch.cat((words, words.new_zeros(1, LANES, 8)))  # a kernel reads two rounds at a time
-        res_end, res_col, res_val = _residual(bits, rows, code)
+        res_end, res_col, res_val = residual_of(bits, rows, code)
         warps = [rounds.cumsum(0) - rounds, rounds, needed.cumsum(0) - needed, torch.zeros_like(rounds)]
         buffers = {
             "words": words.view(torch.uint16),
@@ -285,24 +286,3 @@ def _as_lanes(bits: torch.Tensor, rows: torch.Tensor, cut: Cut, code: Code) -> t
     lanes = fours.permute(0, 4, 1, 3, 6, 5, 7, 2).contiguous()
     halves = lanes.view(torch.int16).view(-1, LANES, longest * 2 * cut.step, 2)
     return halves.transpose(2, 3).reshape(-1, LANES * 2, longest * 2 * cut.step)
-
-
-def _residual(bits: torch.Tensor, rows: torch.Tensor, code: Code) -> tuple[torch.Tensor, ...]:
-    """Where each place's values end, columns and values in the order of places; one zero where there is none."""
-    n, k = bits.shape
-
-    def outside(a: int, b: int) -> tuple[torch.Tensor, ...]:
-        absolute = bits[a:b] & 0x7FFF
-        row, col = ((absolute != 0) & ~code.holds(absolute)).nonzero(as_tuple=True)
-        return row + a, col, bits[a:b][row, col]
-
-    parts = over_blocks(outside, n, k, bits.device)
-    row, col, val = (torch.cat(kind) for kind in zip(*parts, strict=True))
-    place = rows.new_zeros(n)
-    some = (rows.view(-1) >= 0).nonzero().view(-1)
-    place[rows.view(-1)[some]] = some
-    order = place[row].sort(stable=True).indices
-    end = place[row].bincount(minlength=rows.numel()).cumsum(0)
-    if not len(row):
-        col, val, order = col.new_zeros(1), val.new_zeros(1), col.new_zeros(1)
-    return end, col[order].to(torch.int32), val[order].view(torch.bfloat16)
