@@ -22,9 +22,9 @@ from tvm_sparse.targets import Machine
 class Speed:
     """`fixed` seconds a call; `share` of the machine's bandwidth.
 
-    On a GPU a word takes `first` instructions and `further` more for each token, a dense element takes `each`; the
-    whole call is repeated for every `at_once` tokens. On a CPU every token but the first takes `per_element` seconds
-    for each dense element and `per_word` for each packed word.
+    On a GPU a word takes `first` instructions and `further` more for each token, a dense element takes `each`, x of
+    each further token `staging` seconds; the whole call is repeated for every `at_once` tokens. On a CPU every token
+    but the first takes `per_element` seconds for each dense element and `per_word` for each packed word.
     """
 
     fixed: float
@@ -32,6 +32,7 @@ class Speed:
     first: float = 0.0
     further: float = 0.0
     each: float = 0.0
+    staging: float = 0.0
     at_once: int = 1 << 30
     per_element: float = 0.0
     per_word: float = 0.0
@@ -49,22 +50,24 @@ SPEEDS = {
     ("block", "cpu"): Speed(1e-6, 0.44, per_element=5.5e-12),
     ("delta", "cpu"): Speed(1e-6, 0.08, per_word=250e-12),
     # H200, 4.8e12 bytes a second. Dense: 82 us at [34816, 5120], 16.5 us at [5120, 6144]. Delta: 21.6 us and 6.1 us at
-    # 75 %, 38.9 us and 9.1 us at 50 % (docs/kernels.md); 5 instructions a word and 5 for each token; with 8 tokens 135,
-    # 75 and 39 us at [34816, 5120]. Our kernels of the other formats for one token, at [34816, 5120] and [5120, 6144]:
-    # bitmap at 50 % 564 and 100 us, 2:4 246 and 55 us, 16x16 blocks at 50 % 314 and 65 us, all slower than dense.
+    # 75 %, 38.9 us and 9.1 us at 50 % (docs/kernels.md); with 2, 4, 8 and 16 tokens 23.4, 36.2, 70.8 and 139 us at
+    # [34816, 5120], 13.9, 27.3, 54 and 105 us at [5120, 17408] and 75 %. Our kernels of the other formats for one
+    # token, at [34816, 5120] and [5120, 6144]: bitmap at 50 % 564 and 100 us, 2:4 246 and 55 us, 16x16 blocks at 50 %
+    # 314 and 65 us, all slower than dense.
     # Tiles: 12.9, 10.4 and 9.5 us at [5120, 6144], 30.0, 23.8 and 18.0 us at [5120, 17408] with 50, 75 and 90 % zeros
     # and 8 tokens, 1 to 5 us more with 16.
     ("dense", "cuda"): Speed(2.5e-6, 0.92),
     # Gather, 8 tokens: 66.3, 37.1 and 19.4 us at [34816, 5120], 38.3, 23.8 and 14.1 us at [5120, 17408], 16.3, 10.4 and
     # 6.8 us at [5120, 6144] with 50, 75 and 90 % zeros; 16 at once 121.7, 68.4 and 35.1 us at [34816, 5120].
     ("gather", "cuda"): Speed(3.9e-6, 0.86, first=2.5, further=2.0),
-    ("delta", "cuda"): Speed(2.1e-6, 0.905, first=5.0, further=5.0),
+    ("delta", "cuda"): Speed(2.1e-6, 0.905, first=4.0, further=3.5, staging=1.1e-6, at_once=4),
     ("tiles", "cuda"): Speed(4.0e-6, 0.86, first=7.4, further=0.15, each=3.1, at_once=16),
     ("bitmap", "cuda"): Speed(3.5e-6, 0.075),
     ("2:4", "cuda"): Speed(3.5e-6, 0.17),
     ("block", "cuda"): Speed(3.5e-6, 0.12),
 }
 
+_ROOM = 14000  # columns of x of 4 tokens that shared memory holds as float32
 _LANES, _CLOCK = 128, 1.7e9  # instructions an SM issues per clock, counted by lane; clock under load
 
 
@@ -88,6 +91,9 @@ def seconds(stats: Stats, choice: FormatChoice, machine: Machine, tokens: int) -
     at_once, multiplied = speed.at_once, min(tokens, speed.at_once)
     if choice.name == "gather":  # 8 or 16, whether they are there or not
         at_once = multiplied = tokens_at_once(cut_of(stats.shape, choice))
+    elif choice.name == "delta" and machine.is_gpu and k > _ROOM:
+        at_once, multiplied = 2, min(tokens, 2)
     issued = (words * (speed.first + speed.further * multiplied) + elements * speed.each) / rate
     more = (tokens - 1) * (elements * speed.per_element + words * speed.per_word)
-    return -(-tokens // at_once) * (speed.fixed + max(streamed, issued)) + more
+    once = speed.fixed + (multiplied - 1) * speed.staging + max(streamed, issued)
+    return -(-tokens // at_once) * once + more
