@@ -59,7 +59,7 @@ SPEEDS = {
     ("dense", "cuda"): Speed(2.5e-6, 0.92),
     # Gather, 8 tokens: 66.3, 37.1 and 19.4 us at [34816, 5120], 38.3, 23.8 and 14.1 us at [5120, 17408], 16.3, 10.4 and
     # 6.8 us at [5120, 6144] with 50, 75 and 90 % zeros; 16 at once 121.7, 68.4 and 35.1 us at [34816, 5120].
-    ("gather", "cuda"): Speed(3.9e-6, 0.86, first=2.5, further=2.0),
+    ("gather", "cuda"): Speed(3.2e-6, 0.86, first=2.5, further=2.0, staging=0.1e-6),
     ("delta", "cuda"): Speed(2.1e-6, 0.905, first=4.0, further=3.5, staging=1.1e-6, at_once=4),
     ("tiles", "cuda"): Speed(4.0e-6, 0.86, first=7.4, further=0.15, each=3.1, at_once=16),
     ("bitmap", "cuda"): Speed(3.5e-6, 0.075),
