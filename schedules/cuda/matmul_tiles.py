@@ -126,21 +126,23 @@ __device__ __forceinline__ void tvms_tiles(
   // A token that is not there reads the first one's x, whose sums nobody asks for.
   tvms_columns_of_x<K, HALVES, X> ahead;
   ahead.begin(x, BLOCKS * part / PARTS * 32 + 8 * c, g, left);
+  const int* slots = rows + blockIdx.x * PLACES;
+  const int* ends = row_ends + blockIdx.x * PLACES;
+  for (int i = threadIdx.x; i < PLACES; i += PARTS * SETS * 32) tvms_prefetch(slots + i), tvms_prefetch(ends + i);
   tvms_wait_for_inputs();
   ahead.fetch();
-  // A step's registers are asked for and multiplied a step later, so that words are stored meanwhile. Before the first
-  // one stands half a block of zeros.
-  unsigned b[4 * PAIRS], fragment[HALVES][SUMMANDS][4];
+  // A step's registers are asked for two steps before they are multiplied, so that words are stored meanwhile. Before
+  // the first one stands a block of zeros.
+  unsigned first[4 * PAIRS], second[4 * PAIRS], fragment[HALVES][SUMMANDS][4];
 #pragma unroll
-  for (int i = 0; i < 4 * PAIRS; ++i) b[i] = 0;
+  for (int i = 0; i < 4 * PAIRS; ++i) first[i] = second[i] = 0;
 #pragma unroll
   for (int i = 0; i < HALVES * SUMMANDS * 4; ++i) fragment[0][0][i] = 0;
-  unsigned second = 1;
-  auto step = [&]() {
+  auto multiply = [&](const unsigned* b, int of) {
 #pragma unroll
     for (int s = 0; s < SUMMANDS; ++s) {
-      const unsigned* lower = fragment[0][s];
-      const unsigned* upper = fragment[HALVES - 1][s];
+      const unsigned* lower = fragment[0][s] + of;
+      const unsigned* upper = fragment[HALVES - 1][s] + of;
       if (TOKENS == 8) {
 #pragma unroll
         for (int i = 0; i < PAIRS; ++i) tvms_mma_bf16(sums[i], b + 4 * i, lower[0], lower[1]);
@@ -149,26 +151,32 @@ __device__ __forceinline__ void tvms_tiles(
 #pragma unroll
         for (int i = 0; i < TILES; ++i) tvms_mma_bf16(sums[i], a, b[2 * i], b[2 * i + 1]);
       }
-#pragma unroll
-      for (int half = 0; half < HALVES; ++half)
-        fragment[half][s][0] = fragment[half][s][2], fragment[half][s][1] = fragment[half][s][3];
     }
-    if (second) {
-#pragma unroll
-      for (int half = 0; half < HALVES; ++half) ahead.eight[half].fragments(fragment[half]);
-      ahead.fetch();
-    }
-    second ^= 1;
   };
+  auto multiply_first = [&]() { multiply(first, 0); };
+  auto multiply_second = [&]() {
+    multiply(second, 2);
+#pragma unroll
+    for (int half = 0; half < HALVES; ++half) ahead.eight[half].fragments(fragment[half]);
+    ahead.fetch();
+  };
+  // Up to 8 tokens b0 and b1 of two tiles in a's order, both b0, both b1; a last tile has none beside it.
+  auto order = [](int i) { return TOKENS == 8 && i % 4 % 3 ? i ^ 3 : i; };
+  unsigned odd = 0;
   own.walk([&](unsigned steps) {
 #pragma unroll 1
-    for (; steps; --steps) {
-      step();
-      // Up to 8 tokens b0 and b1 of two tiles in a's order, both b0, both b1; a last tile has none beside it.
-      own.take(b, [](int i) { return TOKENS == 8 && i % 4 % 3 ? i ^ 3 : i; });
+    for (; steps; --steps, odd ^= 1) {
+      if (odd) {
+        multiply_second();
+        own.take(second, order);
+      } else {
+        multiply_first();
+        own.take(first, order);
+      }
     }
   });
-  step();
+  if (odd) multiply_second(), multiply_first();
+  else multiply_first(), multiply_second();
 
   // Each warp's sums over the rings, [token][row of the set].
   __syncthreads();
@@ -187,8 +195,8 @@ __device__ __forceinline__ void tvms_tiles(
   __syncthreads();
   const int THREADS = PARTS * SETS * 32, AT_ONCE = THREADS < PLACES ? 1 : THREADS / PLACES;
   for (int i = threadIdx.x; i < PLACES * AT_ONCE; i += THREADS) {
-    const int place = i % PLACES, slot = blockIdx.x * PLACES + place, row = rows[slot];
-    const int begin = slot ? row_ends[slot - 1] : 0, end = row_ends[slot];
+    const int place = i % PLACES, row = slots[place], end = ends[place];
+    const int begin = place || blockIdx.x ? ends[place - 1] : 0;
     if (row < 0) continue;
     for (int token = i / PLACES; token < min(TOKENS, left); token += AT_ONCE) {
       float total = 0.f;

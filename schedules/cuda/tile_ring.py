@@ -86,6 +86,7 @@ __device__ __forceinline__ unsigned tvms_one(const void* from) {
   asm volatile("ld.global.u32 %0, [%1];" : "=r"(w) : "l"(from) : "memory");
   return w;
 }
+__device__ __forceinline__ void tvms_prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" :: "l"(from)); }
 __device__ __forceinline__ unsigned tvms_half(const void* from) {
   unsigned short w;
   asm volatile("ld.global.u16 %0, [%1];" : "=h"(w) : "l"(from) : "memory");
@@ -151,7 +152,7 @@ template <int GAP_BITS, int WARPS, int REGISTERS> struct tvms_ring {
     __syncwarp();
   }
 
-  // Two rounds from `round` on, of which the second may be another warp's.
+  // Two rounds from `round` on.
   __device__ __forceinline__ void fill(int slot, int round) {
     if (round < rounds)
       tvms_copy_words(stock + slot * SLOT, (const void*)(from + round * ROUND), SLOT, barriers + 8 * slot);
@@ -185,18 +186,19 @@ template <int GAP_BITS, int WARPS, int REGISTERS> struct tvms_ring {
     for (int round = 0, lap = 0; round < rounds; round += 8, lap ^= 1) {
       const unsigned steps = __shfl_sync(0xffffffffu, (int)now, 0);
 #pragma unroll
-      for (int d = 0; d < 8; ++d) {
-        if (round + d < rounds) {
+      for (int slot = 0; slot < SLOTS; ++slot) {
+        if (round + 2 * slot < rounds) {
           store(chunk);
-          if (d % 2) {
-            __syncwarp();  // all lanes have read this slot
-            fill(d / 2, round + d + 7);
+          chunk = tvms_words(chunks + slot * SLOT + ROUND);
+          multiply(steps >> (8 * slot) & 15);
+          store(chunk);
+          __syncwarp();  // all lanes have read this slot
+          fill(slot, round + 2 * slot + 8);
+          if (round + 2 * slot + 2 < rounds) {
+            tvms_wait_for_words(barriers + (slot + 1) % SLOTS * 8, slot + 1 == SLOTS ? lap ^ 1 : lap);
+            chunk = tvms_words(chunks + (slot + 1) % SLOTS * SLOT);
           }
-          if (round + d + 1 < rounds) {
-            if (d % 2) tvms_wait_for_words(barriers + (d + 1) % 8 * 4, d == 7 ? lap ^ 1 : lap);
-            chunk = tvms_words(chunks + (d + 1) % 8 * ROUND);
-          }
-          multiply(steps >> (4 * d) & 15);
+          multiply(steps >> (8 * slot + 4) & 15);
         }
       }
       now = next, next = tvms_one(count + 2), ++count;

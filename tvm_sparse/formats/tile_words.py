@@ -48,7 +48,7 @@ class Lap:
 def streams(dense: torch.Tensor, code: Code, step: int, steps: torch.Tensor) -> Streams:
     """int16 [warps, 64, registers] -> the streams of each warp; all values are held by the code, as its value bits.
 
-    A lane's two streams are neighbours. A step is so many registers; `steps` int64 [warps] of them each warp has. All
+    A lane's two streams are neighbours, a warp's rounds even in number. A step is so many registers; `steps` int64 [warps] of them each warp has. All
     warps take their rounds side by side.
     """
     warps, of_warp = dense.shape[:2]
@@ -63,7 +63,7 @@ def streams(dense: torch.Tensor, code: Code, step: int, steps: torch.Tensor) -> 
     taken_words: list[torch.Tensor] = []
     counts: list[torch.Tensor] = []
     took: list[torch.Tensor] = []
-    while not took or bool(alive.any()):
+    while not took or len(took) % 2 or bool(alive.any()):
         entry = at[:, None] + ahead
         begin = lap.place(done * step)
         fits = position[entry] < (begin + RING).repeat_interleave(of_warp)[:, None]
@@ -76,7 +76,8 @@ def streams(dense: torch.Tensor, code: Code, step: int, steps: torch.Tensor) -> 
         counts.append(count)
         took.append(alive)
         done = done + count
-        alive = alive & ((ahead_of < _NEVER) | (lap.place(done * step) <= last))
+        if len(took) % 2 == 0:
+            alive = alive & ((ahead_of < _NEVER) | (lap.place(done * step) <= last))
     return _by_warp(taken_words, counts, torch.stack(took, 1))
 
 

@@ -95,8 +95,7 @@ class Tiles:
     may be 64 positions or more past the first step not yet multiplied: one that would be takes words that store the
     same again, or 0 where that is multiplied already.
 
-        words      uint16 [rounds, 32, 8]      a warp's rounds one after the other, warp after warp; a round of zeros at
-                                               the end
+        words      uint16 [rounds, 32, 8]      a warp's rounds one after the other, an even number, warp after warp
         counts     uint32 [nc]                 steps to multiply after each round, 4 bits each, 8 rounds a word; two
                                                more words after each warp's
         warps      int32  [B Q S, 4]           a warp's first round, rounds, first word of counts, 0; bin after bin, as
@@ -167,7 +166,6 @@ class Tiles:
 
         parts = over_blocks(write, cut.bins, cut.rows * k, device)
         words, counts, needed, rounds = (torch.cat(kind) for kind in zip(*parts, strict=True))
-        words = torch.cat((words, words.new_zeros(1, LANES, 8)))  # a kernel reads two rounds at a time
         res_end, res_col, res_val = residual_of(bits, rows, code)
         warps = [rounds.cumsum(0) - rounds, rounds, needed.cumsum(0) - needed, torch.zeros_like(rounds)]
         buffers = {
