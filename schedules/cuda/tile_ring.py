@@ -86,7 +86,9 @@ __device__ __forceinline__ unsigned tvms_one(const void* from) {
   asm volatile("ld.global.u32 %0, [%1];" : "=r"(w) : "l"(from) : "memory");
   return w;
 }
-__device__ __forceinline__ void tvms_prefetch(const void* from) { asm volatile("prefetch.global.L2 [%0];" :: "l"(from)); }
+__device__ __forceinline__ void tvms_prefetch(const void* from) {
+  asm volatile("prefetch.global.L2 [%0];" :: "l"(from));
+}
 __device__ __forceinline__ unsigned tvms_half(const void* from) {
   unsigned short w;
   asm volatile("ld.global.u16 %0, [%1];" : "=h"(w) : "l"(from) : "memory");

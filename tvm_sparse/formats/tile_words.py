@@ -48,8 +48,8 @@ class Lap:
 def streams(dense: torch.Tensor, code: Code, step: int, steps: torch.Tensor) -> Streams:
     """int16 [warps, 64, registers] -> the streams of each warp; all values are held by the code, as its value bits.
 
-    A lane's two streams are neighbours, a warp's rounds even in number. A step is so many registers; `steps` int64 [warps] of them each warp has. All
-    warps take their rounds side by side.
+    A lane's two streams are neighbours, a warp's rounds even in number. A step is so many registers; `steps` int64
+    [warps] of them each warp has. All warps take their rounds side by side.
     """
     warps, of_warp = dense.shape[:2]
     lap = Lap(step)
