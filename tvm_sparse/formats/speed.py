@@ -61,7 +61,7 @@ SPEEDS = {
     # 6.8 us at [5120, 6144] with 50, 75 and 90 % zeros; 16 at once 121.7, 68.4 and 35.1 us at [34816, 5120].
     ("gather", "cuda"): Speed(3.2e-6, 0.86, first=2.5, further=2.0, staging=0.1e-6),
     ("delta", "cuda"): Speed(2.1e-6, 0.905, first=4.0, further=3.5, staging=1.1e-6, at_once=4),
-    ("tiles", "cuda"): Speed(3.9e-6, 0.86, first=7.6, further=0.15, each=2.7, at_once=16),
+    ("tiles", "cuda"): Speed(3.9e-6, 0.86, first=6.4, further=0.3, each=2.7, at_once=16),
     ("bitmap", "cuda"): Speed(3.5e-6, 0.075),
     ("2:4", "cuda"): Speed(3.5e-6, 0.17),
     ("block", "cuda"): Speed(3.5e-6, 0.12),
