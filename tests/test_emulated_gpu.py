@@ -11,8 +11,9 @@ from emulated_gpu import compile_kernel
 from tvm_sparse.codegen import cuda, cuda_toolkit
 from tvm_sparse.errors import Refusal
 from tvm_sparse.formats import FORMATS, pack
+from tvm_sparse.passes.verify_schedules import shared_bytes
 from tvm_sparse.schedules.spec import KernelSpec
-from tvm_sparse.schedules.table import instantiate
+from tvm_sparse.schedules.table import instantiate, space
 from tvm_sparse.targets import MACHINES
 
 DELTA = FORMATS["delta"]
@@ -131,3 +132,11 @@ def test_the_kernel_equals_float64(case, tmp_path, monkeypatch):
     rounding = 2**-8 if out_dtype == "bfloat16" else 2**-23
     allowed = want.abs() * rounding + (x.double().abs() @ weight.double().abs().T) * 2**-20
     assert bool(((y.double() - want).abs() <= allowed).all())
+
+
+@pytest.mark.parametrize("m", [1, 2, 8, None])
+def test_the_many_rows_of_a_bin_of_lm_head_leave_room_for_their_tables(m):
+    spec = KernelSpec(FORMATS["delta"].choice(6), 248320, 5120, m, "bfloat16", "float32", "sm_90a")
+    tile = next(decision for decision in space(spec) if decision.name == "tile")
+    for tokens in tile.choices:
+        assert shared_bytes(instantiate(spec, {"tile": tokens})) <= 227 << 10

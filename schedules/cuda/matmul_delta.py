@@ -38,7 +38,7 @@ from tvm_sparse.schedules.cuda.delta_code import (
 )
 from tvm_sparse.schedules.cuda.dependent_launch import ALONE, dependent, start_dependents, wait_for_inputs
 from tvm_sparse.schedules.cuda.device_code import WARP, f32, silu, symbol, without_arguments
-from tvm_sparse.schedules.cuda.token_tile import SHARED_LIMIT, tile_decision, tokens_of
+from tvm_sparse.schedules.cuda.token_tile import SHARED_LIMIT, SHARED_MOST, tile_decision, tokens_of
 from tvm_sparse.schedules.spec import KernelSpec
 from tvm_sparse.schedules.table import Decision
 
@@ -46,7 +46,7 @@ from tvm_sparse.schedules.table import Decision
 def space(spec: KernelSpec) -> tuple[Decision, ...]:
     """`tile` tokens a CTA, `depth` chunks in flight a lane, `overlap` with the kernel before."""
     return (
-        tile_decision(spec, _columns(spec) + _parts(spec)),
+        tile_decision(spec, _columns(spec) + _parts(spec), _room(spec)),
         _depth(spec),
         Decision("overlap", (0, 1), 1),
     )
@@ -76,10 +76,16 @@ def _parts(spec: KernelSpec) -> int:
     return spec.choice.option("warps") * WARP + (classes + 1) * room
 
 
+def _room(spec: KernelSpec) -> int:
+    """Bytes for x and the parts: lm_head's many rows of a bin have tables that leave less than usual."""
+    of_a_row = 2 * spec.choice.option("classes") + 8
+    return min(SHARED_LIMIT, SHARED_MOST - of_a_row * slots(spec.n, spec.choice.option("bins")) - 1024)
+
+
 def _copies(spec: KernelSpec, tile: int) -> int:
     """As many as fill the banks, or have room."""
     copies = max(1, WARP // (tile * spec.choice.option("classes")))
-    while copies > 1 and 4 * tile * (copies * _columns(spec) + _parts(spec)) > SHARED_LIMIT:
+    while copies > 1 and 4 * tile * (copies * _columns(spec) + _parts(spec)) > _room(spec):
         copies //= 2
     return copies
 
