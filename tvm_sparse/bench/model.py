@@ -236,6 +236,8 @@ def _label(facts: dict[str, Any], folder: Path) -> str:
     schedule = facts["layout"]["schedule"]
     if len(schedule) > len(set(schedule)):
         drawn += f", {len(schedule)} layers with the weights of {len(set(schedule))}"
+    if pruning["include"]:
+        drawn = f", {', '.join(pruning['include'])} too{drawn}"
     if pruning["pattern"] != "unstructured":
         return f"{pruning['pattern']}{drawn}"
     if pruning["sparsity"] is None:
