@@ -9,7 +9,8 @@ PACKAGE = ROOT / "tvm_sparse"
 
 # Each line may import from the lines above it (and from itself).
 ORDER = (
-    ("tvm_sparse.errors", "tvm_sparse.command_line", "tvm_sparse.targets", "tvm_sparse.progress", "tvm_sparse.threads"),
+    ("tvm_sparse.errors", "tvm_sparse.command_line", "tvm_sparse.targets", "tvm_sparse.progress"),
+    ("tvm_sparse.threads", "tvm_sparse.pipeline"),
     ("tvm_sparse.artefact.reader", "tvm_sparse.artefact.versions"),
     ("tvm_sparse.engine", "tvm_sparse.generate", "tvm_sparse.judges"),
     ("tvm_sparse.models.config",),

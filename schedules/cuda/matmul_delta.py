@@ -36,9 +36,10 @@ from tvm_sparse.schedules.cuda.delta_code import (
     stage_code,
     weight_code,
 )
+from tvm_sparse.schedules.cuda.delta_shared import DEPTHS, columns_of, copies_of, parts_of, room_of
 from tvm_sparse.schedules.cuda.dependent_launch import ALONE, dependent, start_dependents, wait_for_inputs
 from tvm_sparse.schedules.cuda.device_code import WARP, f32, silu, symbol, without_arguments
-from tvm_sparse.schedules.cuda.token_tile import SHARED_LIMIT, SHARED_MOST, tile_decision, tokens_of
+from tvm_sparse.schedules.cuda.token_tile import tile_decision, tokens_of
 from tvm_sparse.schedules.spec import KernelSpec
 from tvm_sparse.schedules.table import Decision
 
@@ -46,13 +47,10 @@ from tvm_sparse.schedules.table import Decision
 def space(spec: KernelSpec) -> tuple[Decision, ...]:
     """`tile` tokens a CTA, `depth` chunks in flight a lane, `overlap` with the kernel before."""
     return (
-        tile_decision(spec, _columns(spec) + _parts(spec), _room(spec)),
+        tile_decision(spec, columns_of(spec) + parts_of(spec), room_of(spec)),
         _depth(spec),
         Decision("overlap", (0, 1), 1),
     )
-
-
-_DEPTHS = (2, 3, 4, 5, 6, 8)
 
 
 def _depth(spec: KernelSpec) -> Decision:
@@ -60,34 +58,8 @@ def _depth(spec: KernelSpec) -> Decision:
     kernel is such a small one, and not a product, it starts and reads its state while this one still runs.
     """
     if spec.norm_eps and not spec.after:
-        return Decision("depth", tuple(depth for depth in _DEPTHS if depth <= 4), 4)
-    return Decision("depth", _DEPTHS, 6)
-
-
-def _columns(spec: KernelSpec, depth: int = max(_DEPTHS)) -> int:
-    """Columns of x with the zeros after it: `depth` chunks pass between two looks at a lane that only has padding."""
-    classes = spec.choice.option("classes")
-    return classes * (-(-spec.k // classes) + depth * words_of(spec.choice.option("unit")))
-
-
-def _parts(spec: KernelSpec) -> int:
-    """Numbers a token's parts take in a bin, and what values outside the window add to its rows."""
-    classes, room = spec.choice.option("classes"), slots(spec.n, spec.choice.option("bins"))
-    return spec.choice.option("warps") * WARP + (classes + 1) * room
-
-
-def _room(spec: KernelSpec) -> int:
-    """Bytes for x and the parts: lm_head's many rows of a bin have tables that leave less than usual."""
-    of_a_row = 2 * spec.choice.option("classes") + 8
-    return min(SHARED_LIMIT, SHARED_MOST - of_a_row * slots(spec.n, spec.choice.option("bins")) - 1024)
-
-
-def _copies(spec: KernelSpec, tile: int) -> int:
-    """As many as fill the banks, or have room."""
-    copies = max(1, WARP // (tile * spec.choice.option("classes")))
-    while copies > 1 and 4 * tile * (copies * _columns(spec) + _parts(spec)) > _room(spec):
-        copies //= 2
-    return copies
+        return Decision("depth", tuple(depth for depth in DEPTHS if depth <= 4), 4)
+    return Decision("depth", DEPTHS, 6)
 
 
 def fuses(spec: KernelSpec) -> bool:
@@ -102,12 +74,12 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
     gap_bits, bins, warps, classes, unit, *_ = (value for _, value in spec.choice.options)
     tile, depth, overlap = (decisions[key] for key in ("tile", "depth", "overlap"))
     normed, add, gated = spec.norm_eps > 0, spec.after == "add", spec.after == "silu_mul"
-    copies = _copies(spec, tile)
+    copies = copies_of(spec, tile)
     width = tile * copies  # numbers a column takes
     room, threads = slots(n, bins), warps * WARP
     streams = threads // classes
     span = streams + room  # parts of a class
-    padded = _columns(spec, depth)
+    padded = columns_of(spec, depth)
     parts = padded * width  # where the parts begin; after them the first part of each segment, then the table of rows
     firsts = parts + -(-classes * span * tile // 4) * 4
     table = firsts + -(-classes * room // 8) * 4
