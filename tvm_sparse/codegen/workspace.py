@@ -44,15 +44,14 @@ class WorkspaceMeter:
 
 
 def _blocks(function: relax.Function) -> Counter[int]:
+    """Bytes of a block -> how many. In normal form every block is a binding's value; relax's visitor goes through the
+    types of every variable wherever it is used: 20 s for the 27B."""
     found: Counter[int] = Counter()
-
-    def visit(node: relax.Expr) -> None:
-        if isinstance(node, relax.Call) and getattr(node.op, "name", "") == _STORAGE:
-            shape = node.args[0]
+    for value in (binding.value for block in function.body.blocks for binding in block.bindings):
+        if isinstance(value, relax.Call) and getattr(value.op, "name", "") == _STORAGE:
+            shape = value.args[0]
             if all(isinstance(extent, tvm.tirx.IntImm) for extent in shape.values):
                 found[prod(int(extent) for extent in shape.values)] += 1
-
-    relax.analysis.post_order_visit(function, visit)
     return found
 
 
