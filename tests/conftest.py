@@ -1,4 +1,4 @@
-"""Artefacts that several tests use, built once a run by the build command's own function."""
+"""What several tests use: the CUDA toolkit, artefacts built once a run by the build command's own function."""
 
 from __future__ import annotations
 
@@ -6,7 +6,19 @@ from pathlib import Path
 
 import pytest
 
+from tvm_sparse.codegen.cuda_toolkit import Toolkit, find_toolkit
+from tvm_sparse.errors import Refusal
+
 EXAMPLES = Path(__file__).resolve().parent.parent / "examples"
+
+
+@pytest.fixture(scope="session")
+def toolkit() -> Toolkit:
+    """The CUDA toolkit; without one the test is skipped with a word."""
+    try:
+        return find_toolkit()
+    except Refusal as missing:
+        pytest.skip(str(missing))
 
 
 @pytest.fixture(scope="session")

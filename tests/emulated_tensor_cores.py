@@ -250,8 +250,10 @@ def generated(function: tvm.tirx.PrimFunc, name: str, folder: Path) -> str:
 class Kernels:
     """The kernels of one PrimFunc, compiled for this machine."""
 
-    def __init__(self, function: tvm.tirx.PrimFunc, name: str, folder: Path, warpgroup: bool = False) -> None:
-        """`warpgroup`: as an H200 compiles it, with products of four warps."""
+    def __init__(
+        self, function: tvm.tirx.PrimFunc, name: str, folder: Path, warpgroup: bool = False, shim: str = ""
+    ) -> None:
+        """`warpgroup`: as an H200 compiles it, with products of four warps; `shim`: what else stands for PTX."""
         source = generated(function, name, folder)
         own = ["TVMS_WARPGROUP", *re.findall(r"!defined\((TVMS_PRODUCT_\w+)\)", source)] if warpgroup else []
         code = source[source.rindex(_PREAMBLE_ENDS) + len(_PREAMBLE_ENDS) :]
@@ -269,7 +271,7 @@ class Kernels:
             runner = RUNNER.format(name=kernel, passed=passed)
             runners.append(f"namespace of_{kernel} {{ {runner} }}")
         written, library = folder / f"{name}.cc", folder / f"{name}.so"
-        written.write_text(SHIM + code + "\n".join(runners))
+        written.write_text(SHIM + shim + code + "\n".join(runners))
         asked = [
             *(f"-D{guard}" for guard in own),
             "-x",

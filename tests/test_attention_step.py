@@ -10,8 +10,6 @@ import emulated_tensor_cores
 import pytest
 import torch
 
-from tvm_sparse.codegen import cuda_toolkit
-from tvm_sparse.errors import Refusal
 from tvm_sparse.schedules.ops import ModelOps
 
 sys.path.insert(0, str(Path(__file__).parent / "gpu"))
@@ -84,12 +82,9 @@ SHAPES = {
 }
 
 
+@pytest.mark.usefixtures("toolkit")
 @pytest.mark.parametrize("name", SHAPES)
 def test_attention_of_a_step_equals_float64(name, tmp_path, monkeypatch):
-    try:
-        cuda_toolkit.find_toolkit()
-    except Refusal as missing:
-        pytest.skip(str(missing))
     s, ops = SHAPES[name], ModelOps("cuda")
     sizes = (s.heads, s.kv_heads, s.head_dim, s.rotary_dim)
     assert s.shares == ops.attention_shares(s.batch, *sizes, s.dtype)

@@ -17,7 +17,6 @@ from tvm_sparse.bench.kernels import publish
 from tvm_sparse.bench.options import parse
 from tvm_sparse.bench.timing import Times, ratio
 from tvm_sparse.codegen.cuda import images
-from tvm_sparse.codegen.cuda_toolkit import find_toolkit
 from tvm_sparse.errors import Refusal
 
 SMALL = ["kernels", "--shapes", "96x160,64x64", "--sparsity", "0.75", "--threads", "1"]
@@ -92,11 +91,7 @@ def test_a_gpu_runs_every_format_that_the_plan_chooses():
     assert all(any(spec.m == m and spec.choice.name == "dense" for spec in found) for m in (1, 2, 4, 8, 16, None))
 
 
-def test_a_gpu_library_says_how_each_kernel_is_called(tmp_path):
-    try:
-        find_toolkit()
-    except Refusal as missing:
-        pytest.skip(str(missing))
+def test_a_gpu_library_says_how_each_kernel_is_called(toolkit, tmp_path):
     library = tmp_path / "kernels.so"
     shape = ["--shapes", "64x64", "--sparsity", "0.75", "--packed", "bitmap"]
     main(["kernels", "--target", "h200", *shape, "--batch", "1,100", "--build-library", str(library)])

@@ -21,7 +21,6 @@ from transformers import AutoModelForCausalLM
 
 from tvm_sparse.build import build
 from tvm_sparse.codegen.cuda_images import images
-from tvm_sparse.codegen.cuda_toolkit import find_toolkit
 from tvm_sparse.config import parse_build
 from tvm_sparse.engine import Engine
 from tvm_sparse.errors import Refusal, run_command
@@ -144,17 +143,9 @@ def test_the_same_build_again_does_no_work_twice(artefact):
     Engine(artefact, verify=True)
 
 
-def needs_nvcc():
-    try:
-        find_toolkit()
-    except Refusal as missing:
-        pytest.skip(str(missing))
-
-
 @pytest.mark.slow
-def test_without_weights_the_gpu_library_is_built_and_kept(tmp_path):
+def test_without_weights_the_gpu_library_is_built_and_kept(toolkit, tmp_path):
     """The owner's command on a machine without GPU and network, for the smallest of the registered models."""
-    needs_nvcc()
     out = tmp_path / "out"
     offline = {**os.environ, "HF_HOME": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1"}
     done = run("--model", "qwen3.5-0.8b", "--sparsity", "0.75", "--target", "b200,h200", "--out", str(out), env=offline)

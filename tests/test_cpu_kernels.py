@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 import tvm_ffi
+from packed_products import close
 
 from tvm_sparse.codegen.cpu import compile_kernels
 from tvm_sparse.formats import FORMATS, FormatChoice, pack
@@ -66,14 +67,6 @@ def run(spec: KernelSpec, weight: torch.Tensor, x: torch.Tensor, decisions: dict
     y = torch.full((x.shape[0], spec.n), float("nan"), dtype=getattr(torch, spec.out_dtype))
     function(*(tvm_ffi.from_dlpack(t) for t in (x, *pack(weight, spec.choice).buffers.values(), y)))
     return y
-
-
-def close(y: torch.Tensor, x: torch.Tensor, weight: torch.Tensor) -> bool:
-    """Within a rounding to y's dtype and the error of float32 sums over a row of products."""
-    want = x.double() @ weight.double().T
-    rounding = 2**-8 if y.dtype == torch.bfloat16 else 2**-23
-    allowed = want.abs() * rounding + (x.double().abs() @ weight.double().abs().T) * 2**-20
-    return bool(((y.double() - want).abs() <= allowed).all())
 
 
 @pytest.mark.parametrize("case", CASES)

@@ -17,14 +17,6 @@ from tvm_sparse.targets import MACHINES
 BOTH = [MACHINES["b200"], MACHINES["h200"]]
 
 
-@pytest.fixture
-def toolkit():
-    try:
-        return cuda_toolkit.find_toolkit()
-    except Refusal as missing:
-        pytest.skip(str(missing))
-
-
 def scale(factor: str):
     """y = x * factor, where `factor` is CUDA source: a kernel that nvcc accepts or not."""
 

@@ -14,8 +14,7 @@ import pytest
 import torch
 import tvm
 
-from tvm_sparse.codegen import cuda, cuda_stub, cuda_toolkit
-from tvm_sparse.errors import Refusal
+from tvm_sparse.codegen import cuda, cuda_stub
 from tvm_sparse.schedules.ops import ModelOps
 from tvm_sparse.targets import MACHINES
 
@@ -134,12 +133,9 @@ SHAPES = [
 ]
 
 
+@pytest.mark.usefixtures("toolkit")
 @pytest.mark.parametrize("s", SHAPES, ids=lambda s: s.name)
 def test_one_kernel_is_convolution_delta_rule_and_norm(s, tmp_path, monkeypatch):
-    try:
-        cuda_toolkit.find_toolkit()
-    except Refusal as missing:
-        pytest.skip(str(missing))
     function = ModelOps("cuda").delta_step(
         s.batch, s.key_heads, s.value_heads, s.key_dim, s.value_dim, s.eps, s.dtype
     )

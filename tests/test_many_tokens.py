@@ -7,8 +7,7 @@ import torch
 import tvm
 from emulated_tensor_cores import Kernels
 
-from tvm_sparse.codegen import cuda, cuda_toolkit
-from tvm_sparse.errors import Refusal
+from tvm_sparse.codegen import cuda
 from tvm_sparse.formats import FORMATS, FormatChoice, pack
 from tvm_sparse.passes.verify_schedules import shared_bytes
 from tvm_sparse.schedules.cuda import matmul_mma
@@ -17,15 +16,8 @@ from tvm_sparse.schedules.spec import KernelSpec
 from tvm_sparse.schedules.table import DECODERS, decoder, instantiate
 from tvm_sparse.targets import MACHINES
 
+pytestmark = pytest.mark.usefixtures("toolkit")
 DENSE = FORMATS["dense"].choice()
-
-
-@pytest.fixture(autouse=True)
-def toolkit():
-    try:
-        cuda_toolkit.find_toolkit()
-    except Refusal as missing:
-        pytest.skip(str(missing))
 
 
 # tile, stages, tokens, declared tokens, n, k, dtype of y

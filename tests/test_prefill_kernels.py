@@ -12,8 +12,7 @@ from emulated_tensor_cores import Kernels
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tvm_sparse.codegen import cuda, cuda_toolkit
-from tvm_sparse.errors import Refusal
+from tvm_sparse.codegen import cuda
 from tvm_sparse.schedules.cuda import attention_tiled, gated_delta_chunked
 from tvm_sparse.schedules.ops import as_kernel
 from tvm_sparse.targets import MACHINES
@@ -22,18 +21,12 @@ sys.path.insert(0, str(Path(__file__).parent / "gpu"))
 import reference
 from cases import Shape
 
+pytestmark = pytest.mark.usefixtures("toolkit")
+
 
 def shape(key_heads=1, value_heads=2, dim=64, heads=2, kv_heads=1, head_dim=64) -> Shape:
     delta = (key_heads, value_heads, dim, dim)
     return Shape("small", 2, 64, 64, *delta, heads, kv_heads, head_dim, 16, 10, "bfloat16")
-
-
-@pytest.fixture(autouse=True, scope="module")
-def toolkit():
-    try:
-        cuda_toolkit.find_toolkit()
-    except Refusal as missing:
-        pytest.skip(str(missing))
 
 
 def test_kernels_ask_for_all_their_memory(monkeypatch):

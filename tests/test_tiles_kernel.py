@@ -1,15 +1,13 @@
 """The tiles kernel of a GPU, run on this machine: every cut, number of tokens and dtype against float64."""
 
-import emulated_tensor_cores
 import pytest
-import torch
+from packed_products import decodes, multiplies
 
-from tvm_sparse.codegen import cuda_toolkit
-from tvm_sparse.errors import Refusal
-from tvm_sparse.formats import FORMATS, pack
+from tvm_sparse.formats import FORMATS
 from tvm_sparse.formats.tiles import cut_of
 from tvm_sparse.schedules.spec import KernelSpec
-from tvm_sparse.schedules.table import decoder, instantiate
+
+pytestmark = pytest.mark.usefixtures("toolkit")
 
 # What tensor_core's shim does not have: shared memory at 32-bit addresses, two bfloat16 at once.
 SHIM = r"""
@@ -76,50 +74,17 @@ CASES = {
 }
 
 
-@pytest.fixture(autouse=True)
-def _toolkit(monkeypatch):
-    try:
-        cuda_toolkit.find_toolkit()
-    except Refusal as missing:
-        pytest.skip(str(missing))
-    monkeypatch.setattr(emulated_tensor_cores, "SHIM", emulated_tensor_cores.SHIM + SHIM)
-
-
-def matrix(n: int, k: int) -> torch.Tensor:
-    """A full row beside empty ones, rows of very different density, values outside the window."""
-    generator = torch.Generator().manual_seed(n * k)
-    weight = torch.randn(n, k, generator=generator) * 0.02
-    weight *= torch.rand(n, k, generator=generator) < torch.rand(n, 1, generator=generator) * 0.6
-    weight[0], weight[n // 3], weight[n // 2] = 0, 0, torch.randn(k, generator=generator)
-    weight.view(-1)[:: n * k // 5 + 1] = 1e-20
-    return weight.bfloat16()
-
-
 @pytest.mark.parametrize("case", CASES)
 def test_the_kernel_equals_float64(case, tmp_path):
-    options, (n, k), tokens, declared, x_dtype, out_dtype, decisions = CASES[case]
-    spec = KernelSpec(FORMATS["tiles"].choice(*options), n, k, declared, x_dtype, out_dtype, "sm_90a")
-    kernels = emulated_tensor_cores.Kernels(instantiate(spec, decisions), "kernel", tmp_path)
-    weight = matrix(n, k)
-    x = torch.randn(tokens, k, generator=torch.Generator().manual_seed(1)).to(getattr(torch, x_dtype))
-    y = torch.full((tokens, n), float("nan"), dtype=getattr(torch, out_dtype))
-    cut, packed = cut_of((n, k), spec.choice), pack(weight, spec.choice)
-    tile = 8 if declared is not None and declared <= 8 else 16
-    values = {"x": x, "y": y, **packed.buffers, "n": tokens}
-    kernels.run("kernel_kernel", (cut.bins, -(-tokens // tile)), 32 * cut.warps, values)
-
-    want = x.double() @ weight.double().T
-    rounding = 2**-8 if out_dtype == "bfloat16" else 2**-23
-    allowed = want.abs() * rounding + (x.double().abs() @ weight.double().abs().T) * 2**-20
-    assert bool(((y.double() - want).abs() <= allowed).all())
+    options, shape, tokens, declared, x_dtype, out_dtype, decisions = CASES[case]
+    spec = KernelSpec(FORMATS["tiles"].choice(*options), *shape, declared, x_dtype, out_dtype, "sm_90a")
+    cut = cut_of(shape, spec.choice)
+    assert multiplies(spec, decisions, tokens, cut.bins, cut.warps, tmp_path, SHIM)
 
 
 @pytest.mark.parametrize("case", ["8-tokens", "odd-tiles", "one-tile", "16-tokens"])
 def test_decoding_gives_the_matrix_back(case, tmp_path):
-    options, (n, k), *_ = CASES[case]
-    spec = KernelSpec(FORMATS["tiles"].choice(*options), n, k, None, "bfloat16", "bfloat16", "sm_90a")
-    kernels = emulated_tensor_cores.Kernels(decoder(spec), "kernel", tmp_path)
-    weight, cut = matrix(n, k), cut_of((n, k), spec.choice)
-    dense = torch.full((n, k), float("nan"), dtype=torch.bfloat16)
-    kernels.run("kernel_kernel", (cut.bins,), 32 * cut.warps, {"w": dense, **pack(weight, spec.choice).buffers})
-    assert torch.equal(dense.view(torch.int16), weight.view(torch.int16).masked_fill(weight == 0, 0))
+    options, shape, *_ = CASES[case]
+    spec = KernelSpec(FORMATS["tiles"].choice(*options), *shape, None, "bfloat16", "bfloat16", "sm_90a")
+    cut = cut_of(shape, spec.choice)
+    assert decodes(spec, cut.bins, cut.warps, tmp_path, SHIM)
