@@ -13,17 +13,13 @@ from __future__ import annotations
 import tvm
 from tvm import relax
 
-from tvm_sparse.passes.kernel_calls import KernelCalls, tidy
-from tvm_sparse.passes.linear import relax_functions
+from tvm_sparse.passes.kernel_calls import KernelCalls, fuse
 
 
 @tvm.transform.module_pass(opt_level=0)
 class FuseNorms:
     def transform_module(self, mod: tvm.IRModule, _: tvm.transform.PassContext) -> tvm.IRModule:
-        fuser = _Fuser(mod.clone())
-        for gvar, function in relax_functions(mod).items():
-            fuser.rewrite(gvar, function)
-        return tidy(fuser.builder_.get())
+        return fuse(mod, _Fuser)
 
 
 @relax.expr_functor.mutator

@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 
 import tvm
 from tvm import relax
 
-from tvm_sparse.passes.linear import bindings
+from tvm_sparse.passes.linear import bindings, relax_functions
 from tvm_sparse.schedules.ops import OPERATION_ATTR
 from tvm_sparse.schedules.space import sketch
 from tvm_sparse.schedules.spec import KernelSpec
@@ -72,7 +72,10 @@ class KernelCalls(relax.PyExprMutator):
         return relax.op.call_tir(self.kernels[spec], self.visit_expr(relax.Tuple(arguments)), out)
 
 
-def tidy(mod: tvm.IRModule) -> tvm.IRModule:
-    """Without what fusing has left without a use."""
-    passes = [relax.transform.CanonicalizeBindings(), relax.transform.DeadCodeElimination()]
-    return tvm.transform.Sequential(passes)(mod)
+def fuse(mod: tvm.IRModule, fuser: Callable[[tvm.IRModule], KernelCalls]) -> tvm.IRModule:
+    """Every function of the module rewritten, and without what that has left without a use."""
+    made = fuser(mod.clone())
+    for gvar, function in relax_functions(mod).items():
+        made.rewrite(gvar, function)
+    tidy = [relax.transform.CanonicalizeBindings(), relax.transform.DeadCodeElimination()]
+    return tvm.transform.Sequential(tidy)(made.builder_.get())
