@@ -12,6 +12,7 @@ import tvm
 from tvm.script import tirx as T
 
 WARP = 32
+TYPES = {"bfloat16": "nv_bfloat16", "float32": "float"}  # of CUDA, by dtype
 
 _REDUCE = """
 __device__ __forceinline__ float tvms_block_{name}(float value) {{

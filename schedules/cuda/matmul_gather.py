@@ -15,7 +15,7 @@ from tvm.script import tirx as T
 from tvm_sparse.errors import Refusal
 from tvm_sparse.formats.gather import ROWS, SHARED, cut_of, shared_bytes, tokens_at_once
 from tvm_sparse.schedules.cuda.dependent_launch import ALONE, dependent
-from tvm_sparse.schedules.cuda.device_code import WARP, symbol
+from tvm_sparse.schedules.cuda.device_code import TYPES, WARP, symbol
 from tvm_sparse.schedules.cuda.gather_code import SOURCE as GATHER
 from tvm_sparse.schedules.cuda.tensor_core import SOURCE as TENSOR_CORE
 from tvm_sparse.schedules.cuda.token_tile import tokens_of
@@ -23,7 +23,6 @@ from tvm_sparse.schedules.spec import KernelSpec
 from tvm_sparse.schedules.table import Decision
 
 SOURCE = TENSOR_CORE + GATHER
-_TYPES = {"bfloat16": "nv_bfloat16", "float32": "float"}
 
 
 def space(spec: KernelSpec) -> tuple[Decision, ...]:
@@ -42,7 +41,7 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
     cut, tile = cut_of((n, k), spec.choice), decisions["tile"]
     chunks, nr = symbol("chunks"), symbol("nr")
     numbers = (cut.gap_bits, cut.warps, cut.classes, cut.spans, cut.groups, tile, decisions["depth"], n, k)
-    arguments = ", ".join([*map(str, numbers), _TYPES[spec.x_dtype], _TYPES[spec.out_dtype]])
+    arguments = ", ".join([*map(str, numbers), TYPES[spec.x_dtype], TYPES[spec.out_dtype]])
     room = max(ALONE, shared_bytes(cut, tile))
     if room > SHARED:
         raise Refusal(f"[{n}, {k}] in {spec.choice}: x of {tile} tokens takes {room} bytes: use more spans")

@@ -17,7 +17,7 @@ from tvm.script import tirx as T
 
 from tvm_sparse.formats.tiles import cut_of
 from tvm_sparse.schedules.cuda.dependent_launch import ALONE, dependent
-from tvm_sparse.schedules.cuda.device_code import WARP, symbol
+from tvm_sparse.schedules.cuda.device_code import TYPES, WARP, symbol
 from tvm_sparse.schedules.cuda.tensor_core import SOURCE as TENSOR_CORE
 from tvm_sparse.schedules.cuda.tile_ring import SOURCE as RING_SOURCE
 from tvm_sparse.schedules.cuda.tile_ring import ring_bytes
@@ -224,9 +224,8 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
     n, k, m = spec.n, spec.k, tokens_of(spec)
     cut, tile = cut_of((n, k), spec.choice), decisions["tile"]
     rounds, nc, nr = symbol("rounds"), symbol("nc"), symbol("nr")
-    types = {"bfloat16": "nv_bfloat16", "float32": "float"}
     numbers = (cut.gap_bits, cut.parts, cut.sets, cut.tiles, tile, n, k)
-    arguments = ", ".join([*map(str, numbers), types[spec.x_dtype], types[spec.out_dtype]])
+    arguments = ", ".join([*map(str, numbers), TYPES[spec.x_dtype], TYPES[spec.out_dtype]])
     room = max(ALONE, ring_bytes(cut))
 
     @T.prim_func(s_tir=True)

@@ -20,6 +20,7 @@ from tvm_sparse.formats.blocks import over_blocks
 from tvm_sparse.formats.delta_bins import WARP, Bins, deal, slots, stream_begin, unweave, weave
 from tvm_sparse.formats.delta_chunks import SLOTS, bits_of, fold, unfold, words_of
 from tvm_sparse.formats.delta_words import END, Code, Survey, best_code, columns_before, survey, write_rows
+from tvm_sparse.formats.residual import put_residual
 from tvm_sparse.formats.stats import CHUNK, GAP_BITS, Stats
 from tvm_sparse.targets import Machine
 
@@ -202,8 +203,7 @@ class Delta:
             out[row_of[bin, rank[stream, at]], found * classes + group] = values[stream, at, word]
 
         over_blocks(expand, bins, words[0].numel(), words.device)
-        row = torch.repeat_interleave(row_of[:, :-1].reshape(-1), res_start.diff().view(-1))
-        out[row, parts["res_col"][: len(row)].long()] = parts["res_val"].view(torch.int16)[: len(row)]
+        put_residual(out, row_of[:, :-1].reshape(-1), res_start.diff().view(-1), parts)
         return out.view(torch.bfloat16)
 
 

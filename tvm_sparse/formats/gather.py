@@ -21,7 +21,7 @@ from tvm_sparse.formats.bits import as_bits
 from tvm_sparse.formats.blocks import over_blocks
 from tvm_sparse.formats.delta_words import Code, best_code
 from tvm_sparse.formats.gather_words import LANES, Entries, Lanes, entries, lanes, lengths
-from tvm_sparse.formats.residual import exponents_of, residual_of
+from tvm_sparse.formats.residual import exponents_of, put_residual, residual_of
 from tvm_sparse.formats.stats import GAP_BITS, Stats
 from tvm_sparse.targets import Machine
 
@@ -226,9 +226,7 @@ class Gather:
             out[places[bin, group][piece[at], row], found] = values[at, by, row]
 
         over_blocks(expand, cut.bins, ROWS * cut.groups * k, words.device)
-        counts = rows[1].diff(prepend=rows.new_zeros(1))
-        row = torch.repeat_interleave(rows[0], counts)
-        out[row, parts["res_col"][: len(row)].long()] = parts["res_val"].view(torch.int16)[: len(row)]
+        put_residual(out, rows[0], rows[1].diff(prepend=rows.new_zeros(1)), parts)
         return out[:, :k].contiguous().view(torch.bfloat16)
 
 

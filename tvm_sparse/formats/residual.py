@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
 from tvm_sparse.formats.bits import magnitude
@@ -37,3 +39,11 @@ def residual_of(bits: torch.Tensor, rows: torch.Tensor, code: Code) -> tuple[tor
     if not len(row):
         col, val, order = col.new_zeros(1), val.new_zeros(1), col.new_zeros(1)
     return end, col[order].to(torch.int32), val[order].view(torch.bfloat16)
+
+
+def put_residual(
+    out: torch.Tensor, rows: torch.Tensor, counts: torch.Tensor, buffers: Mapping[str, torch.Tensor]
+) -> None:
+    """The way back, into int16 [N, K]: `counts` values of each of `rows` stand in `res_col` and `res_val`."""
+    row = torch.repeat_interleave(rows, counts)
+    out[row, buffers["res_col"][: len(row)].long()] = buffers["res_val"].view(torch.int16)[: len(row)]

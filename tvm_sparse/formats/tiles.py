@@ -15,10 +15,10 @@ from torch.nn.functional import pad
 
 from tvm_sparse.errors import Refusal
 from tvm_sparse.formats.base import Buffer, FormatChoice, Packed, Shape
-from tvm_sparse.formats.bits import as_bits, magnitude
+from tvm_sparse.formats.bits import MAGNITUDE, as_bits
 from tvm_sparse.formats.blocks import over_blocks
 from tvm_sparse.formats.delta_words import Code, best_code
-from tvm_sparse.formats.residual import residual_of
+from tvm_sparse.formats.residual import exponents_of, put_residual, residual_of
 from tvm_sparse.formats.stats import Stats
 from tvm_sparse.formats.tile_words import LANES, RING, Lap, nibbles, positions, streams
 from tvm_sparse.targets import Machine
@@ -153,9 +153,10 @@ class Tiles:
         cut = cut_of((n, k), choice)
         if cut.bins * cut.rows < n:
             raise Refusal(f"[{n}, {k}] in {choice}: {cut.bins} bins hold {cut.rows} rows each: use more tiles or sets")
-        surveys = over_blocks(lambda a, b: _survey(bits[a:b]), n, k, device)
-        code, _ = best_code(torch.stack([part[1] for part in surveys]).sum(0).tolist(), cut.gap_bits)
-        rows = deal(torch.cat([part[0] for part in surveys]), cut)
+        exponents = torch.stack(over_blocks(lambda a, b: exponents_of(bits[a:b]), n, k, device)).sum(0).tolist()
+        code, _ = best_code(exponents, cut.gap_bits)
+        values = over_blocks(lambda a, b: (bits[a:b] & MAGNITUDE).count_nonzero(1), n, k, device)
+        rows = deal(torch.cat(values), cut)
         begin = torch.tensor(cut.begin(), device=device)
         steps = (2 * begin.diff()).repeat_interleave(cut.sets)
 
@@ -177,7 +178,7 @@ class Tiles:
             "res_col": res_col,
             "res_val": res_val,
         }
-        return Packed(choice, (n, k), int(sum(part[0].sum() for part in surveys)), buffers)
+        return Packed(choice, (n, k), sum(exponents), buffers)
 
     def unpack(self, packed: Packed) -> torch.Tensor:
         (n, k), parts = packed.shape, packed.buffers
@@ -206,9 +207,7 @@ class Tiles:
             out[row, column] = values
 
         over_blocks(expand, cut.bins, cut.rows * k, out.device)
-        counts = rows[1].diff(prepend=rows.new_zeros(1))
-        row = torch.repeat_interleave(rows[0], counts)
-        out[row, parts["res_col"][: len(row)].long()] = parts["res_val"].view(torch.int16)[: len(row)]
+        put_residual(out, rows[0], rows[1].diff(prepend=rows.new_zeros(1)), parts)
         return out.view(torch.bfloat16)
 
 
@@ -256,13 +255,6 @@ def _fullest(rows: torch.Tensor, weights: torch.Tensor, cut: Cut) -> float:
     """Values of the lane that has most."""
     held = torch.where(rows >= 0, weights[rows.clamp_min(0)], 0)
     return float(held.view(cut.bins, cut.sets, cut.tiles, ROWS).sum(2).max())
-
-
-def _survey(bits: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """int16 [rows, K] -> values of each row, int64 [rows]; how many have each exponent, int64 [256]."""
-    absolute = magnitude(bits)
-    present = absolute != 0
-    return present.sum(1), (absolute[present] >> 7).bincount(minlength=256)
 
 
 def _as_lanes(bits: torch.Tensor, rows: torch.Tensor, cut: Cut, code: Code) -> torch.Tensor:
