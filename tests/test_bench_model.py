@@ -8,6 +8,7 @@ import json
 import pytest
 
 from tvm_sparse.bench.__main__ import main
+from tvm_sparse.bench.model import _label
 from tvm_sparse.bench.results import merge
 from tvm_sparse.build import main as build
 from tvm_sparse.errors import Refusal
@@ -67,6 +68,14 @@ def test_what_stands_inside_a_row_is_a_table_of_its_own(tmp_path):
     flat = list(csv.DictReader((tmp_path / "model.csv").open()))
     assert flat[0]["by kind: norms"] == "0.25" and flat[2]["by kind: head"] == ""
     assert json.loads((tmp_path / "model.json").read_text())["rows"][0]["by kind"] == rows[0]["by kind"]
+
+
+def test_a_pattern_says_how_it_is_stored(tmp_path):
+    pruning = {"pattern": "2:4", "sparsity": 0.5, "include": []}
+    plan = {"embed_tokens.weight": "dense", "q": "delta(gap_bits=3,unit=9)", "o": "delta(gap_bits=3)"}
+    facts = {"pruning": pruning, "plan": plan, "layout": {"schedule": [0, 1]}}
+    assert _label(facts, tmp_path) == "2:4 as delta, random"
+    assert _label(facts | {"plan": {}}, tmp_path) == "2:4 as dense, random"
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,7 @@ from tvm_sparse.layout import RuntimeParam
 
 OTHERS = "others"
 _CLASSES = {
+    "products by cuBLASLt": "nvjet|cutlass|xmma|cublas|gemm|gemv|splitKreduce",
     "attention": "attention|rope_append",
     "delta rule": "delta_step|causal_conv|gated_delta|gated_norm",
     "norms": "rms_norm",
@@ -78,7 +79,7 @@ def account(run: Callable[[int], object], steps: int = 5) -> list[Row]:
 def by_class(rows: Sequence[Row], products: Mapping[tuple[int, int], str]) -> dict[str, float]:
     """Milliseconds a step by class of kernel: products by name, in their order, then what stands between them.
 
-    A product's kernel is told by the shape in its name.
+    A product's kernel is told by the shape in its name; those of cuBLASLt tell their tiles only.
     """
     found = dict.fromkeys([*products.values(), *_CLASSES, OTHERS], 0.0)
     for row in rows:

@@ -239,7 +239,8 @@ def _label(facts: dict[str, Any], folder: Path) -> str:
     if pruning["include"]:
         drawn = f", {', '.join(pruning['include'])} too{drawn}"
     if pruning["pattern"] != "unstructured":
-        return f"{pruning['pattern']}{drawn}"
+        stored = {choice.partition("(")[0] for choice in facts["plan"].values()} - {"dense"}
+        return f"{pruning['pattern']} as {' and '.join(sorted(stored)) or 'dense'}{drawn}"
     if pruning["sparsity"] is None:
         return f"as it is{drawn}"
     return (f"{pruning['sparsity']:.0%} zeros" if pruning["sparsity"] else "dense") + drawn
