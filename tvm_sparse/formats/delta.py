@@ -108,12 +108,12 @@ class Delta:
     def nbytes(self, stats: Stats, choice: FormatChoice) -> int:
         """An estimate: only packing deals the rows, and a class's gaps are taken to be like those of all columns.
 
-        Random rows leave the fullest class of a bin about seven deviations of a segment above the average.
+        Random rows leave the fullest class of a bin classes / 4 deviations of a segment above the average, or about so.
         """
         g, bins, warps, classes, unit, *_ = (value for _, value in choice.options)
         n, chunk = stats.shape[0], words_of(unit)
         segment = stats.words[g] / (n * classes) + (unit + 1) / 2  # which ends anywhere in its last unit
-        fullest = n / bins * segment + 7 * sqrt(segment * (1 - stats.density))
+        fullest = n / bins * segment + classes / 4 * sqrt(segment * (1 - stats.density))
         steps = ceil(max(fullest * classes, CHUNK * stats.longest[g]) / (WARP * chunk))
         streamed = bins * steps * 2 * WARP * SLOTS
         tables = 4 * bins * WARP * warps + 8 * bins * slots(n, bins) + 4
