@@ -66,6 +66,7 @@ SIDE = {
     },
 }  # fmt: skip
 WINDOW, BATCH, TOKENS = 512, 16, 60_000
+FILES = ("text", "teacher")  # of what prune says about fine-tuning
 SPEEDS = Path(__file__).resolve().parent.parent / "tuning_logs" / "nvidia-h200" / "bench" / "model.json"
 FIELDS = (  # title, key of a result, format
     ("perplexity", "perplexity", "{:.2f}"),
@@ -130,7 +131,12 @@ def one(options: argparse.Namespace, argv: list[str], dense: Any, windows: torch
     finally:
         shutil.rmtree(kept / "tuned", ignore_errors=True)
     facts = {"argv": " ".join(argv), "sparsity": summary["total"]["sparsity"], "seconds": round(took, 1)}
-    return found | facts | {"finetune": summary.get("finetune")} | machine(options.device)
+    return found | facts | {"finetune": by_name(summary.get("finetune"))} | machine(options.device)
+
+
+def by_name(finetune: dict[str, Any] | None) -> dict[str, Any] | None:
+    """Files by their names alone: results are published, folders are this machine's."""
+    return finetune and {key: Path(found).name if key in FILES and found else found for key, found in finetune.items()}
 
 
 def zeros(options: argparse.Namespace, model: Path, argv: list[str], out: Path) -> dict[str, Any]:

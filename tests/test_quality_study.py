@@ -41,6 +41,15 @@ def test_a_model_judged_by_itself_is_the_same(study):
     assert found["perplexity"] == pytest.approx(float((-logps.detach()).mean().exp()), rel=1e-5)
 
 
+def test_results_name_no_folder_of_the_machine_they_come_from(study):
+    told = {"text": "/somewhere/text/tuning.txt", "teacher": "/somewhere/dense", "rate": 1e-3}
+    assert study.by_name(told) == {"text": "tuning.txt", "teacher": "dense", "rate": 1e-3}
+    assert study.by_name({"teacher": None}) == {"teacher": None} and study.by_name(None) is None
+    for found in json.loads((EXAMPLES.parent / "docs" / "quality.json").read_text()).values():
+        assert study.by_name(found.get("finetune")) == found.get("finetune")
+        assert "/" not in found.get("argv", "")
+
+
 def test_table_and_plot(study, tmp_path, capsys, monkeypatch):
     results = {
         key: {"perplexity": 20.0 + number, "divergence": number / 100, "same_top": 1 - number / 1000}
