@@ -95,7 +95,7 @@ class Engine:
 
     @property
     def device(self) -> str:
-        """ "cpu" or "cuda"."""
+        """What the model runs on: `cpu` or `cuda`."""
         return self._device.kind
 
     @property
