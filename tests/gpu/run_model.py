@@ -23,7 +23,8 @@ TOLERANCE = {"float32": 1e-4, "bfloat16": 5e-2}
 def results(engine: Engine) -> dict[str, np.ndarray]:
     """Logits of a prompt, of greedy steps after it, and scores; a second run must give the same bits.
 
-    What `generate` writes must be those steps: on a GPU it picks its tokens there.
+    What `generate` writes must be the steps after a prompt in one piece, as it reads it (in bfloat16 two pieces round
+    otherwise): on a GPU it picks its tokens there.
     """
     random = np.random.default_rng(7)
     prompt = random.integers(0, engine.vocab_size, 150).tolist()
@@ -31,17 +32,25 @@ def results(engine: Engine) -> dict[str, np.ndarray]:
     for _ in range(2):
         engine.reset()
         logits = [engine.prefill(prompt[:100]), engine.prefill(prompt[100:])]
-        tokens = []
-        for _ in range(STEPS):
-            tokens.append(int(logits[-1].argmax()))
-            logits.append(engine.decode(tokens[-1]))
+        tokens = _greedy(engine, logits)
         engine.reset()
         runs.append({"logits": np.stack(logits), "tokens": np.array(tokens), "scores": engine.score(prompt)})
     assert all(np.array_equal(runs[0][key], runs[1][key]) for key in runs[0]), "two runs differ"
-    written, tokens = list(engine.generate(prompt, max_new_tokens=STEPS)), runs[0]["tokens"].tolist()
+    written = list(engine.generate(prompt, max_new_tokens=STEPS))
+    engine.reset()
+    tokens = _greedy(engine, [engine.prefill(prompt)])
     ends = [i for i, token in enumerate(tokens) if token in engine.eos_token_ids]
     assert written == tokens[: ends[0] if ends else STEPS], "generate writes other tokens than decode"
     return runs[0]
+
+
+def _greedy(engine: Engine, logits: list[np.ndarray]) -> list[int]:
+    """The tokens chosen after `logits`, to which those of each step are added."""
+    tokens = []
+    for _ in range(STEPS):
+        tokens.append(int(logits[-1].argmax()))
+        logits.append(engine.decode(tokens[-1]))
+    return tokens
 
 
 def results_of_batch(engine: Engine) -> dict[str, np.ndarray]:
