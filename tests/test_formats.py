@@ -180,7 +180,7 @@ def test_bins_are_of_equal_size_whatever_the_rows_are(pairs):
     lengths = torch.randint(40, 60, (2000, 4), generator=torch.Generator().manual_seed(0))
     lengths[:30] = 640
     dealt = deal(lengths, 16, pairs)
-    assert int(dealt.end[:, :, -1].max()) <= lengths.sum() / (16 * 4) * 1.003
+    assert int(dealt.end[:, :, -1].max()) <= lengths.sum() / (16 * 4) * 1.005
     assert sorted(dealt.row_of[dealt.row_of >= 0].tolist()) == list(range(2000))
 
 
