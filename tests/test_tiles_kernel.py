@@ -53,7 +53,6 @@ static unsigned scaled(unsigned bits) {
   return __float_as_uint(x * 79228162514264337593543950336.f) >> 16;
 }
 static unsigned tvms_scale_pair(unsigned pair) { return scaled(pair & 0xffff) | scaled(pair >> 16) << 16; }
-static void tvms_prefetch(const void*) {}
 static void tvms_start_dependents() {}
 static void tvms_wait_for_inputs() {}
 static void tvms_leave(float* to, float value) { *to = value; }
@@ -70,6 +69,7 @@ CASES = {
     "float32": ((4, 1, 1, 3, 2), (33, 44), 5, 5, "float32", "float32", {}),
     "float32-ragged": ((5, 2, 2, 1, 3), (33, 71), 9, 9, "float32", "bfloat16", {}),
     "many-tokens": ((4, 1, 2, 1, 4), (30, 96), 19, None, "bfloat16", "float32", {}),
+    "many-rounds": ((4, 1, 1, 1, 11), (88, 2304), 1, 1, "bfloat16", "float32", {}),
     "one-column": ((4, 2, 2, 1, 1), (9, 1), 4, 4, "bfloat16", "float32", {}),
 }
 

@@ -76,29 +76,34 @@ template <> struct tvms_eight<float> {
 // Of all tokens a lane multiplies, one block of columns after the other.
 template <int K, int HALVES, typename X> struct tvms_columns_of_x {
   tvms_eight<X> eight[HALVES];
-  const X* row[HALVES];
-  int column, last;
+  const X *row[HALVES], *at[HALVES];
+  int next, column, last;
   __device__ __forceinline__ void begin(const X* x, int first, int token, int left) {
-    column = first, last = K - 32 + first % 32;
+    next = first, last = K - 32 + first % 32;
 #pragma unroll
     for (int half = 0; half < HALVES; ++half) {
       const X* from = x + (token + 8 * half < left ? (long long)(token + 8 * half) * K : 0);
       row[half] = (const X*)__shfl_sync(0xffffffffu, (unsigned long long)from, threadIdx.x & 31);  // to be kept
     }
+    advance();
+  }
+  // Where `fetch` reads, a step before it does: a register that a load still has to read makes its next writer wait.
+  __device__ __forceinline__ void advance() {
+    column = next;
+#pragma unroll
+    for (int half = 0; half < HALVES; ++half) at[half] = row[half] + column;
+    // Behind the last block its columns once more: never multiplied.
+    next = K % 32 ? column + 32 : min(column + 32, last);
   }
   __device__ __forceinline__ void fetch() {
 #pragma unroll
     for (int half = 0; half < HALVES; ++half) {
-      if (K % 32 == 0) {
-        eight[half].load(row[half] + column);
-      } else if (K % tvms_eight<X>::AT_ONCE == 0 && (column + 8 <= K)) {
-        eight[half].load(row[half] + column);
+      if (K % 32 == 0 || (K % tvms_eight<X>::AT_ONCE == 0 && column + 8 <= K)) {
+        eight[half].load(at[half]);
       } else {
-        eight[half].load_some(row[half] + column, K - column);
+        eight[half].load_some(at[half], K - column);
       }
     }
-    // Behind the last block its columns once more: never multiplied.
-    column = K % 32 ? column + 32 : min(column + 32, last);
   }
 };
 __device__ __forceinline__ float tvms_of_x(const nv_bfloat16* x) { return __uint_as_float(tvms_half(x) << 16); }
@@ -128,7 +133,16 @@ __device__ __forceinline__ void tvms_tiles(
   ahead.begin(x, BLOCKS * part / PARTS * 32 + 8 * c, g, left);
   const int* slots = rows + blockIdx.x * PLACES;
   const int* ends = row_ends + blockIdx.x * PLACES;
-  for (int i = threadIdx.x; i < PLACES; i += PARTS * SETS * 32) tvms_prefetch(slots + i), tvms_prefetch(ends + i);
+  // Which row the thread sums at the end, and where its residual values begin and end: asked for here, not waited for.
+  const int THREADS = PARTS * SETS * 32, AT_ONCE = THREADS < PLACES ? 1 : THREADS / PLACES;
+  int row = -1, begin = 0, end = 0;
+  auto find = [&](int i) {
+    const int place = i % PLACES;
+    if (i >= PLACES * AT_ONCE) return;
+    row = (int)tvms_one(slots + place), end = (int)tvms_one(ends + place);
+    begin = place || blockIdx.x ? (int)tvms_one(ends + place - 1) : 0;
+  };
+  find(threadIdx.x);
   tvms_wait_for_inputs();
   ahead.fetch();
   // A step's registers are asked for two steps before they are multiplied, so that words are stored meanwhile. Before
@@ -153,7 +167,10 @@ __device__ __forceinline__ void tvms_tiles(
       }
     }
   };
-  auto multiply_first = [&]() { multiply(first, 0); };
+  auto multiply_first = [&]() {
+    multiply(first, 0);
+    ahead.advance();
+  };
   auto multiply_second = [&]() {
     multiply(second, 2);
 #pragma unroll
@@ -178,10 +195,10 @@ __device__ __forceinline__ void tvms_tiles(
   if (odd) multiply_second(), multiply_first();
   else multiply_first(), multiply_second();
 
-  // Each warp's sums over the rings, [token][row of the set].
+  // Each warp's sums over the rings, [token][row of the set]; 4 more a token, so that its lanes meet in no bank.
   __syncthreads();
-  const int ROWS = TILES * 8, ROOM = TOKENS * ROWS * 4;
-  auto leave = [&](int row, int token, float sum) { tvms_put_float(warp * ROOM + (token * ROWS + row) * 4, sum); };
+  const int ROWS = TILES * 8, PITCH = ROWS + 4, ROOM = TOKENS * PITCH * 4;
+  auto leave = [&](int row, int token, float sum) { tvms_put_float(warp * ROOM + (token * PITCH + row) * 4, sum); };
 #pragma unroll
   for (int i = 0; i < SUMS; ++i) {
     if (TOKENS == 8) {
@@ -193,15 +210,13 @@ __device__ __forceinline__ void tvms_tiles(
     }
   }
   __syncthreads();
-  const int THREADS = PARTS * SETS * 32, AT_ONCE = THREADS < PLACES ? 1 : THREADS / PLACES;
-  for (int i = threadIdx.x; i < PLACES * AT_ONCE; i += THREADS) {
-    const int place = i % PLACES, row = slots[place], end = ends[place];
-    const int begin = place || blockIdx.x ? ends[place - 1] : 0;
+  for (int i = threadIdx.x; i < PLACES * AT_ONCE; i += THREADS, find(i)) {
+    const int place = i % PLACES;
     if (row < 0) continue;
     for (int token = i / PLACES; token < min(TOKENS, left); token += AT_ONCE) {
       float total = 0.f;
       for (int p = 0; p < PARTS; ++p)
-        total += tvms_get_float((p * SETS + place / ROWS) * ROOM + (token * ROWS + place % ROWS) * 4);
+        total += tvms_get_float((p * SETS + place / ROWS) * ROOM + (token * PITCH + place % ROWS) * 4);
       total *= by;
       for (int r = begin; r < end; ++r)
         total += tvms_of_x(res_val + r) * tvms_of_x(x + (long long)token * K + res_col[r]);

@@ -86,9 +86,6 @@ __device__ __forceinline__ unsigned tvms_one(const void* from) {
   asm volatile("ld.global.u32 %0, [%1];" : "=r"(w) : "l"(from) : "memory");
   return w;
 }
-__device__ __forceinline__ void tvms_prefetch(const void* from) {
-  asm volatile("prefetch.global.L2 [%0];" :: "l"(from));
-}
 __device__ __forceinline__ unsigned tvms_half(const void* from) {
   unsigned short w;
   asm volatile("ld.global.u16 %0, [%1];" : "=h"(w) : "l"(from) : "memory");
@@ -123,7 +120,7 @@ template <int GAP_BITS, int WARPS, int REGISTERS> struct tvms_ring {
   int rounds;
   unsigned long long from;
   const unsigned* count;
-  unsigned now, next;
+  unsigned steps_of;  // 8 rounds, of 256 the lane's
 
   __device__ __forceinline__ void begin(const void* words, const unsigned* counts, const int* warps, void* memory) {
     tvms_need_shared_memory_at_once(memory);
@@ -147,8 +144,8 @@ template <int GAP_BITS, int WARPS, int REGISTERS> struct tvms_ring {
     __syncwarp();
 #pragma unroll
     for (int i = 0; i < SLOTS; ++i) fill(i, 2 * i);
-    count = counts + own.z;
-    now = tvms_one(count), next = tvms_one(count + 1);
+    count = counts + own.z + lane;
+    fetch_counts(0);
 #pragma unroll
     for (int i = 0; i < 16; ++i) tvms_put_zeros(mine - lane * 4 + (4 * i + lane / 8) * ROW + lane % 8 * 16);
     __syncwarp();
@@ -158,6 +155,11 @@ template <int GAP_BITS, int WARPS, int REGISTERS> struct tvms_ring {
   __device__ __forceinline__ void fill(int slot, int round) {
     if (round < rounds)
       tvms_copy_words(stock + slot * SLOT, (const void*)(from + round * ROUND), SLOT, barriers + 8 * slot);
+  }
+
+  // Those of 256 rounds at once, a word a lane: loaded one by one in the walk, each would be waited for.
+  __device__ __forceinline__ void fetch_counts(int round) {
+    steps_of = round + (int)(threadIdx.x & 31) * 8 < rounds ? tvms_one(count + round / 8) : 0;
   }
 
   __device__ __forceinline__ void store(uint4 chunk) {
@@ -184,26 +186,28 @@ template <int GAP_BITS, int WARPS, int REGISTERS> struct tvms_ring {
   template <typename Multiply> __device__ __forceinline__ void walk(Multiply multiply) {
     if (rounds == 0) return;
     tvms_wait_for_words(barriers, 0);
-    uint4 chunk = tvms_words(chunks);
+    uint4 even = tvms_words(chunks), odd = tvms_words(chunks + ROUND);
     for (int round = 0, lap = 0; round < rounds; round += 8, lap ^= 1) {
-      const unsigned steps = __shfl_sync(0xffffffffu, (int)now, 0);
+      const unsigned steps = __shfl_sync(0xffffffffu, (int)steps_of, round / 8 % 32);
 #pragma unroll
       for (int slot = 0; slot < SLOTS; ++slot) {
         if (round + 2 * slot < rounds) {
-          store(chunk);
-          chunk = tvms_words(chunks + slot * SLOT + ROUND);
+          const bool more = round + 2 * slot + 2 < rounds;
+          const int after = (slot + 1) % SLOTS;
+          store(even);
+          if (more) {
+            tvms_wait_for_words(barriers + after * 8, slot + 1 == SLOTS ? lap ^ 1 : lap);
+            even = tvms_words(chunks + after * SLOT);
+          }
           multiply(steps >> (8 * slot) & 15);
-          store(chunk);
+          store(odd);
           __syncwarp();  // all lanes have read this slot
           fill(slot, round + 2 * slot + 8);
-          if (round + 2 * slot + 2 < rounds) {
-            tvms_wait_for_words(barriers + (slot + 1) % SLOTS * 8, slot + 1 == SLOTS ? lap ^ 1 : lap);
-            chunk = tvms_words(chunks + (slot + 1) % SLOTS * SLOT);
-          }
+          if (more) odd = tvms_words(chunks + after * SLOT + ROUND);
           multiply(steps >> (8 * slot + 4) & 15);
         }
       }
-      now = next, next = tvms_one(count + 2), ++count;
+      if (round % 256 == 248) fetch_counts(round + 8);
     }
   }
 };
