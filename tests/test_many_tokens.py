@@ -10,7 +10,7 @@ from emulated_tensor_cores import Kernels
 from tvm_sparse.codegen import cuda
 from tvm_sparse.formats import FORMATS, FormatChoice, pack
 from tvm_sparse.passes.verify_schedules import shared_bytes
-from tvm_sparse.schedules.cuda import matmul_mma
+from tvm_sparse.schedules.cuda import decode_delta, matmul_mma
 from tvm_sparse.schedules.product import dense_spec, product, write_products
 from tvm_sparse.schedules.spec import KernelSpec
 from tvm_sparse.schedules.table import DECODERS, decoder, instantiate
@@ -52,7 +52,7 @@ def test_the_tensor_core_kernel_equals_float64(case, warpgroup, tmp_path):
     assert bool(((y[:tokens].double() - want).abs() <= allowed).all())
 
 
-def matrix(choice: FormatChoice, n: int, k: int) -> torch.Tensor:
+def matrix(case: str, choice: FormatChoice, n: int, k: int) -> torch.Tensor:
     """Random with zeros; an empty row, and a full one where the format holds it."""
     generator = torch.Generator().manual_seed(n + k)
     weight = torch.randn(n, k, generator=generator)
@@ -64,12 +64,32 @@ def matrix(choice: FormatChoice, n: int, k: int) -> torch.Tensor:
         weight *= kept.repeat_interleave(rows, 0).repeat_interleave(cols, 1)[:n, :k]
     else:
         weight *= torch.rand(n, k, generator=generator) < 0.4
+        if case == "delta-full-columns":  # one class has nearly all values, and streams that begin at other rows
+            weight[:, torch.arange(k) % 8 > 0] = 0
         weight[n // 2] = 1.5
         weight.view(-1)[:: n * k // 5 + 1] = 1e-20  # outside the delta stream's window
     weight[0] = 0
     return weight.bfloat16()
 
 
+# What else the decoder of the delta stream takes from PTX; who waits lets the others go on.
+SHIM = r"""
+#define TVMS_DECODE_DELTA_PTX
+static unsigned __dp4a(unsigned a, unsigned b, unsigned c) {
+  for (int byte = 0; byte < 32; byte += 8) c += (a >> byte & 255) * (b >> byte & 255);
+  return c;
+}
+static Barrier teams[16];
+static void tvms_meet(int team, int threads) { meet(teams[team], threads); }
+static void tvms_pause() { swapcontext(&fibers[running], &scheduler); }
+static unsigned __ballot_sync(unsigned, bool value) {
+  unsigned word = value, all = 0;
+  const Scratch& left = exchange(&word, 1);
+  for (int lane = 0; lane < 32; ++lane) all |= left.words[lane][0] << lane;
+  return all;
+}
+static void __stcs(uint4* to, uint4 v) { *to = v; }
+"""
 # choice, n, k, grid
 DECODED = {
     "bitmap": (FORMATS["bitmap"].choice(), 21, 72, (3, 1)),
@@ -78,6 +98,10 @@ DECODED = {
     "delta-a-lane-a-class": (FORMATS["delta"].choice(6, 3, 3, 32, 4), 57, 1000, (3, 1)),
     "delta-one-class": (FORMATS["delta"].choice(3, 5, 2, 1, 8), 33, 40, (5, 1)),
     "delta-fourteen-bits": (FORMATS["delta"].choice(4, 3, 2, 4, 9), 70, 104, (3, 1)),
+    "delta-runs-over-two-streams": (FORMATS["delta"].choice(4, 1, 2, 4, 4), 30, 1200, (1, 1)),
+    "delta-fewer-steps-than-warps": (FORMATS["delta"].choice(4, 3, 8, 8, 9), 9, 200, (3, 1)),
+    "delta-full-columns": (FORMATS["delta"].choice(4, 1, 8, 8, 4), 100, 200, (1, 1)),
+    "delta-teams-of-four-warps": (FORMATS["delta"].choice(6, 1, 3, 32, 4), 8, 16000, (1, 1)),
     "2to4": (FORMATS["2:4"].choice(), 37, 72, (2, 1)),
     "block": (FORMATS["block"].choice(4, 8), 21, 72, (6, 1)),
     "block-parts": (FORMATS["block"].choice(16, 16), 21, 1000, (2, 2)),
@@ -88,13 +112,14 @@ DECODED = {
 @pytest.mark.parametrize("case", DECODED)
 def test_a_decoder_gives_back_every_bit(case, tmp_path):
     choice, n, k, ctas = DECODED[case]
-    kernels = Kernels(decoder(KernelSpec(choice, n, k, None, "bfloat16", "bfloat16", "sm_90a")), "decode", tmp_path)
-    weight = matrix(choice, n, k)
+    spec = KernelSpec(choice, n, k, None, "bfloat16", "bfloat16", "sm_90a")
+    kernels = Kernels(decoder(spec), "decode", tmp_path, shim=SHIM)
+    weight = matrix(case, choice, n, k)
     buffers = {name: tensor.contiguous() for name, tensor in pack(weight, choice).buffers.items()}
     sizes = {"nv": len(buffers.get("values", ())), "nb": len(buffers.get("blocks", ()))}
     sizes |= {"nr": len(buffers.get("res_col", ())), "steps": buffers["words"].shape[1] if "words" in buffers else 0}
     decoded = torch.full((n + 1, k), -1, dtype=torch.int16)
-    threads = 512 if choice.name == "delta" else 256
+    threads = decode_delta.cut_of(spec).threads if choice.name == "delta" else 256
     kernels.run("decode_kernel", ctas, threads, {**buffers, **sizes, "w": decoded})
     assert torch.equal(decoded[:n], (weight + 0.0).view(torch.int16))
     assert bool((decoded[n:] == -1).all())

@@ -242,29 +242,61 @@ __device__ __forceinline__ void {name}(uint4 w, int past, int* at, int* part, fl
     return name, source
 
 
-def words_code(gap_bits: int, unit: int) -> tuple[str, str]:
-    """Name and source of the function that takes a chunk apart: gap - 1 of each word, and its sign, exponent code and
-    mantissa, the sign in bit 15.
+def place_code(gap_bits: int, unit: int, step: int) -> tuple[str, str]:
+    """Name and source of a type that knows a chunk: `ends` where this register is the last of a segment's, `passed`
+    columns in all, and `put`, which stores its values in a row whose columns of a class are `step` bytes apart.
+
+    `at` is the place of the column after the last word's; gaps are added as in `chunk_code`.
     """
-    name = f"tvms_words_g{gap_bits}_u{unit}"
-    value, field = 0x8000 | (1 << (bits_of(unit) - 1 - gap_bits)) - 1, (1 << gap_bits) - 1
-    lines: list[str] = []
-    words = []
+    name = f"tvms_chunk_g{gap_bits}_u{unit}_s{step}"
+    field, magnitude = (1 << gap_bits) - 1, (1 << (bits_of(unit) - 1 - gap_bits)) - 1
+    passed: list[str] = []
+    put: list[str] = ["    unsigned m, v;"]
+    count = 0
+
+    def word(byte: int, low: int, high: bool, of: str) -> None:
+        """Its gap alone in byte `byte` of m, `low` bits up; its value in half of v, as of register `of`."""
+        nonlocal count
+        shift = max(0, low - step.bit_length() + 1)
+        factor = (step << shift >> low) << 8 * byte
+        there = f"{of} & {magnitude << (16 if byte == 3 else 0):#x}u"
+        put.append(f"    at = (int)__dp4a({f'm >> {shift}' if shift else 'm'}, {factor:#x}u, (unsigned)at);")
+        put.append(f"    if ({there}) *(ushort*)(row + at + {count * step}) = (ushort)({'v >> 16' if high else 'v'});")
+        count += 1
+
     if words_of(unit) > SLOTS:
-        lines += spread_code(gap_bits)
-        words.append(("spread", 16, 31 - gap_bits))
-    for register, of in enumerate("xyzw"):
-        low = gap_place(register, gap_bits, unit)
-        words += [(f"w.{of}", 0, 8 + low), (f"w.{of}", 16, 24 + low)]
-    for j, (register, half, at) in enumerate(words):
-        lines.append(f"  gap[{j}] = {register} >> {at} & {field};")
-        lines.append(f"  value[{j}] = {register} >> {half} & {value:#x};")
-    body = "\n".join(lines)
-    source = f"""#ifndef {name.upper()}
+        passed += [*spread_code(gap_bits), f"  columns += spread >> {31 - gap_bits} & {field};"]
+        put += [*spread_code(gap_bits), f"  m = spread & {field << 31 - gap_bits:#x}u;"]
+        put.append(f"  v = (spread >> 16 & {0x8000 | magnitude:#x}u) + base;")
+        word(3, 7 - gap_bits, False, "spread")
+    lows = [gap_place(register, gap_bits, unit) for register in range(4)]
+    for of, low in zip("xyzw", lows, strict=True):
+        mask = 0x01000100 * (field << low)
+        passed.append(f"  sum{low} = __dp4a(w.{of} & {mask:#x}u, 0x01000100u, sum{low});")
+        put += [f"  m = w.{of} & {mask:#x}u;", f"  v = (w.{of} & {0x00010001 * (0x8000 | magnitude):#x}u) + base;"]
+        word(1, low, False, f"w.{of}")
+        word(3, low, True, f"w.{of}")
+    passed[:0] = [f"  unsigned sum{low} = 0;" for low in sorted(set(lows))]
+    passed += [f"  columns += sum{low} >> {low};" for low in sorted(set(lows))]
+    source = f"""
+#ifndef {name.upper()}
 #define {name.upper()}
-__device__ __forceinline__ void {name}(uint4 w, unsigned* gap, unsigned* value) {{
-{body}
-}}
+struct {name} {{
+  enum {{ UNIT = {unit}, WORDS = {words_of(unit)}, UNITS = {words_of(unit) // unit} }};
+  static __device__ __forceinline__ bool ends(unsigned last) {{
+    return (last >> 16 & {0x8000 | magnitude:#x}) == 0x8000;
+  }}
+  static __device__ __forceinline__ int passed(uint4 w) {{
+    unsigned columns = WORDS;
+{chr(10).join("  " + line.strip().rjust(len(line.strip()) + 2) for line in passed)}
+    return (int)columns;
+  }}
+  // base: of both halves.
+  static __device__ __forceinline__ void put(uint4 w, unsigned base, char* row, int& at) {{
+{chr(10).join("  " + line.strip().rjust(len(line.strip()) + 2) for line in put)}
+    at += {count * step};
+  }}
+}};
 #endif
 """
     return name, source
