@@ -41,6 +41,14 @@ def test_what_does_not_fit_is_refused():
         GATHER.choice(classes=16)
 
 
+def test_results_of_a_bin_lie_side_by_side():
+    weight = torch.randn(100, 64) * (torch.rand(100, 1) < torch.rand(100, 64))
+    rows = pack(weight.bfloat16(), GATHER.choice(4, 3, 2, 8, 1)).buffers["rows"][0]
+    for eight in rows.view(-1, 8).tolist():
+        there = [row for row in eight if row >= 0]
+        assert there == [row for row in range(eight[0], eight[0] + 8) if row < 100] or not there
+
+
 def test_a_cpu_never_takes_it():
     assert not GATHER.choices(expected_stats((4096, 4096), 0.25), MACHINES["cpu"])
 

@@ -44,7 +44,7 @@ static unsigned __umulhi(unsigned a, unsigned b) { return (unsigned)((unsigned l
 CASES = {
     "8-tokens": ((4, 2, 3, 8, 1), (100, 200), 8, 8, "bfloat16", "float32", {}),
     "two-copies": ((4, 3, 4, 4, 1), (90, 136), 5, 5, "bfloat16", "bfloat16", {"depth": 2}),
-    "spans": ((5, 2, 4, 8, 3), (40, 264), 3, 3, "bfloat16", "float32", {"depth": 3}),
+    "spans": ((5, 2, 4, 8, 3), (150, 264), 3, 3, "bfloat16", "float32", {"depth": 3}),
     "16-tokens": ((5, 1, 2, 8, 1), (100, 328), 16, 16, "bfloat16", "float32", {}),
     "two-copies-of-16": ((3, 2, 3, 4, 2), (33, 100), 13, 13, "bfloat16", "bfloat16", {}),
     "ragged-columns": ((6, 2, 2, 2, 1), (40, 99), 11, 11, "bfloat16", "float32", {}),

@@ -21,8 +21,9 @@ _SOURCE = r"""
 #define TVMS_DECODE_GATHER
 template <int GAP_BITS, int WARPS, int CLASSES, int SPANS, int GROUPS, int AT_ONCE, int K>
 __device__ __forceinline__ void tvms_decode_gather(
-    const ushort* words, const int* warps, const int* groups, const int* rows, const int* row_ends, const int* scale,
-    const int* res_col, const void* res_val, void* dense, void* memory, int bin, int span) {
+    const ushort* words, const int* warps, const int* groups, const int* rows, const int* row_ends,
+    const int* row_slots, const int* scale, const int* res_col, const void* res_val, void* dense, void* memory, int bin,
+    int span) {
   const int COLUMNS = (K + 8 * SPANS - 1) / (8 * SPANS) * 8, SHIFT = 15 - GAP_BITS;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const unsigned base = (unsigned)*scale << 7;
@@ -32,9 +33,10 @@ __device__ __forceinline__ void tvms_decode_gather(
   __syncwarp();
   const int* job = warps + 2 * (bin * SPANS + span) * WARPS;
   for (int i = warp; i < GROUPS * 8; i += AT_ONCE) {
-    const int place = i % 8, slot = bin * GROUPS * 8 + i, target = rows[slot];
+    const int at = bin * GROUPS * 8 + i, target = rows[at];
     if (target < 0) continue;
-    const int* pieces = groups + (bin * SPANS + span) * (GROUPS + 1) + i / 8;
+    const int place = row_slots[at] % 8;
+    const int* pieces = groups + (bin * SPANS + span) * (GROUPS + 1) + row_slots[at] / 8;
     for (int piece = pieces[0]; piece < pieces[1]; ++piece) {
       int owner = 0;  // the last warp whose first piece is not behind this one
 #pragma unroll 8
@@ -55,7 +57,7 @@ __device__ __forceinline__ void tvms_decode_gather(
       }
     }
     __syncwarp();
-    for (int r = (slot ? row_ends[slot - 1] : 0) + lane; r < row_ends[slot]; r += 32)
+    for (int r = (at ? row_ends[at - 1] : 0) + lane; r < row_ends[at]; r += 32)
       if (res_col[r] / COLUMNS == span) row[res_col[r] % COLUMNS] = ((const ushort*)res_val)[r];
     __syncwarp();
     ushort* to = (ushort*)dense + (long long)target * K + span * COLUMNS;
@@ -83,7 +85,7 @@ def build(spec: KernelSpec) -> tvm.tirx.PrimFunc:
         words: T.Buffer((chunks, WARP, 8), "uint16"),
         warps: T.Buffer((cut.bins * cut.spans * cut.warps + 1, 2), "int32"),
         groups: T.Buffer((cut.bins, cut.spans, cut.groups + 1), "int32"),
-        rows: T.Buffer((2, ROWS * cut.bins * cut.groups), "int32"),
+        rows: T.Buffer((3, ROWS * cut.bins * cut.groups), "int32"),
         scale: T.Buffer((1,), "int32"),
         res_col: T.Buffer((nr,), "int32"),
         res_val: T.Buffer((nr,), "bfloat16"),
@@ -100,6 +102,7 @@ def build(spec: KernelSpec) -> tvm.tirx.PrimFunc:
                 T.address_of(groups[0, 0, 0]),
                 T.address_of(rows[0, 0]),
                 T.address_of(rows[1, 0]),
+                T.address_of(rows[2, 0]),
                 T.address_of(scale[0]),
                 T.address_of(res_col[0]),
                 T.address_of(res_val[0]),

@@ -2,7 +2,8 @@
 
     shared memory   x [tile / 8][class columns][8 units][8 tokens] bfloat16
                     sums [tile / 8 x pieces][8 tokens][8 rows] float32
-                    the bin's tables: first pieces, rows, where their residual begins and ends, int32
+                    what other spans send [spans - 1][results] float32
+                    the bin's tables: first pieces, rows, their slots, where their residual begins and ends, int32
 
 One ldmatrix brings 32 lanes' columns of one row of W, four matrices [8 lanes, 8 tokens], as they are the first operand
 of mma.m16n8k16: the first and third as products with rows 0 to 7 of it, the others with 8 to 15, k being 16 lanes each.
@@ -22,8 +23,8 @@ template <int OFFSET> __device__ __forceinline__ void tvms_gather_columns(unsign
       : "=r"(to[0]), "=r"(to[1]), "=r"(to[2]), "=r"(to[3]) : "r"(at), "n"(OFFSET));
 }
 __device__ __forceinline__ void tvms_gather_words(uint4& w, const uint4* from, bool there) {
-  // Read once: first to leave L2. Volatile, or ptxas might move it below the wait for the kernel before. No branch.
-  asm volatile("{.reg .pred p; setp.ne.s32 p, %5, 0; @p ld.global.cs.v4.u32 {%0, %1, %2, %3}, [%4];}"
+  // Read once. Volatile, or ptxas might move it below the wait for the kernel before. No branch.
+  asm volatile("{.reg .pred p; setp.ne.s32 p, %5, 0; @p ld.global.L1::no_allocate.v4.u32 {%0, %1, %2, %3}, [%4];}"
       : "+r"(w.x), "+r"(w.y), "+r"(w.z), "+r"(w.w) : "l"(from), "r"((int)there));
 }
 // x is another kernel's work: volatile, so that no read of it moves before the wait for that kernel.
@@ -88,7 +89,8 @@ template <int K> __device__ __forceinline__ unsigned tvms_gather_pair(const floa
 // times.
 template <int CLASSES, int COLUMNS, int K, int THREADS, typename X>
 __device__ __forceinline__ void tvms_gather_stage(const X* x, int first, int tokens, int part, uint4* to) {
-  const int TURNS = (COLUMNS / 2 + THREADS - 1) / THREADS, TOGETHER = TURNS < 4 ? TURNS : 4;
+  const int TURNS = (COLUMNS / 2 + THREADS - 1) / THREADS, BLOCKS = (TURNS + 6) / 7;
+  const int TOGETHER = (TURNS + BLOCKS - 1) / BLOCKS;
 #pragma unroll 1
   for (int block = 0; block < TURNS; block += TOGETHER) {
     unsigned u[TOGETHER][8];
@@ -156,28 +158,31 @@ template <int GAP_BITS, int WARPS, int CLASSES, int SPANS, int GROUPS, int TILE,
           typename Y>
 __device__ __forceinline__ void tvms_gather(
     const X* x, const void* words, const int* warps, const int* groups, const int* rows, const int* row_ends,
-    const int* scale, const int* res_col, const nv_bfloat16* res_val, Y* y, void* memory, int bin, int span,
-    int tokens) {
+    const int* row_slots, const int* scale, const int* res_col, const nv_bfloat16* res_val, Y* y, void* memory, int bin,
+    int span, int tokens) {
   const int COLUMNS = (K + 8 * SPANS - 1) / (8 * SPANS) * 8, PLANE = COLUMNS / CLASSES * 128, THREADS = WARPS * 32;
   const int PIECES = GROUPS + WARPS - 1, PARTS = sizeof(X) == 4 ? 3 : 1, HALVES = TILE / 8;
   const int lane = threadIdx.x & 31, warp = threadIdx.x >> 5;
   const int FIRSTS = GROUPS + 1, SLOTS = GROUPS * 8;
-  // Where x was, the totals of the cluster's other CTAs arrive.
-  const int OWN = HALVES * PLANE, OTHERS = (SPANS - 1) * SLOTS * TILE * 4;
-  float *of_others = (float*)memory, *sums_of = (float*)((char*)memory + (OWN > OTHERS ? OWN : OTHERS));
-  int *firsts = (int*)(sums_of + HALVES * PIECES * 64), *row_of = firsts + FIRSTS, *res_of = row_of + SLOTS;
+  float *sums_of = (float*)((char*)memory + HALVES * PLANE), *of_others = sums_of + HALVES * PIECES * 64;
+  int *firsts = (int*)(of_others + (SPANS - 1) * SLOTS * TILE), *row_of = firsts + FIRSTS;
+  int *slot_of = row_of + SLOTS, *res_of = slot_of + SLOTS;
   // Lane l's unit of the class column before the first: heads count from 1.
   const int origin = tvms_gather_address(memory) + (lane & 7) * 16 - 128;
   tvms_gather_early();
+  if (SPANS > 1) tvms_gather_arrive();
   const float by = __uint_as_float((unsigned)((int)tvms_gather_one(scale) + (127 - 96)) << 23);  // 2^(base - 96)
   const int slots = bin * SLOTS, cta = bin * SPANS + span;
   const int *own_warp = warps + 2 * (cta * WARPS + warp);
   const int begin = (int)tvms_gather_one(own_warp), end = (int)tvms_gather_one(own_warp + 2);
   const int first_piece = (int)tvms_gather_one(own_warp + 1);
   // What the end needs is fetched at the beginning.
+#pragma unroll 1
   for (int i = threadIdx.x; i < FIRSTS; i += THREADS) tvms_gather_copy(firsts + i, groups + cta * FIRSTS + i);
+#pragma unroll 1
   for (int i = threadIdx.x; i < SLOTS; i += THREADS) {
     tvms_gather_copy(row_of + i, rows + slots + i);
+    tvms_gather_copy(slot_of + i, row_slots + slots + i);
     tvms_gather_copy(res_of + i + 1, row_ends + slots + i);
   }
   if (threadIdx.x == 0) {
@@ -236,33 +241,55 @@ __device__ __forceinline__ void tvms_gather(
       }
     }
   }
-  if (SPANS > 1) tvms_gather_arrive(), tvms_gather_meet();
-  else __syncthreads();
-  float totals[(SLOTS * TILE + THREADS - 1) / THREADS];
+  // What a result needs besides its pieces is fetched before the last warp is through. Eight neighbouring rows of one
+  // token lie side by side in y.
+  const int RESULTS = SLOTS * TILE, TURNS = (RESULTS + THREADS - 1) / THREADS, TOGETHER = TURNS < 4 ? TURNS : 4;
+#pragma unroll 1
+  for (int round = 0; round < TURNS; round += TOGETHER) {
+    int begins[TOGETHER], pieces[TOGETHER], targets[TOGETHER];
+    float outside[TOGETHER], totals[TOGETHER];
 #pragma unroll
-  for (int turn = 0; turn < (SLOTS * TILE + THREADS - 1) / THREADS; ++turn) {
-    const int i = turn * THREADS + threadIdx.x, group = i / (TILE * 8), token = i / 8 % TILE;
-    totals[turn] = 0.f;
-    if (i >= SLOTS * TILE) continue;
-    const float* own = sums_of + token / 8 * PIECES * 64 + i % 64;
-    for (int piece = firsts[group]; piece < firsts[group + 1]; ++piece) totals[turn] += own[piece * 64];
-    if (span < SPANS - 1) tvms_gather_send(of_others + span * SLOTS * TILE + i, SPANS - 1, totals[turn]);
-  }
-  if (SPANS > 1) tvms_gather_arrive(), tvms_gather_meet();
-  if (span < SPANS - 1) return;
+    for (int turn = 0; turn < TOGETHER; ++turn) {
+      const int i = (round + turn) * THREADS + threadIdx.x, token = i / 8 % TILE;
+      const bool there = i < RESULTS;
+      const int place = there ? i / (TILE * 8) * 8 + i % 8 : 0, slot = slot_of[place];
+      pieces[turn] = there ? firsts[slot / 8 + 1] - firsts[slot / 8] : 0;
+      begins[turn] = (firsts[slot / 8] + token / 8 * PIECES) * 64 + token % 8 * 8 + slot % 8;
+      targets[turn] = there && token < tokens ? row_of[place] : -1;
+      outside[turn] = 0.f;
+      if (span < SPANS - 1 || targets[turn] < 0) continue;
+#pragma unroll 1
+      for (int r = res_of[place]; r < res_of[place + 1]; ++r)
+        outside[turn] += __uint_as_float(tvms_gather_half(res_val + r) << 16) *
+                         tvms_gather_x(x + (long long)token * K + tvms_gather_one(res_col + r));
+    }
+    if (round == 0) {
+      __syncthreads();
+      if (SPANS > 1) tvms_gather_meet();  // all CTAs of the cluster have begun, long ago
+    }
 #pragma unroll
-  for (int turn = 0; turn < (SLOTS * TILE + THREADS - 1) / THREADS; ++turn) {
-    const int i = turn * THREADS + threadIdx.x, token = i / 8 % TILE, slot = i / (TILE * 8) * 8 + i % 8;
-    if (i >= SLOTS * TILE || token >= tokens || row_of[slot] < 0) continue;
-    float total = totals[turn];
+    for (int turn = 0; turn < TOGETHER; ++turn) {
+      totals[turn] = pieces[turn] > 0 ? sums_of[begins[turn]] : 0.f;
+      if (pieces[turn] > 1) totals[turn] += sums_of[begins[turn] + 64];
+    }
 #pragma unroll
-    for (int other = 0; other < SPANS - 1; ++other)
-      total += tvms_gather_received(of_others + other * SLOTS * TILE + i);
-    total *= by;
-    for (int r = res_of[slot]; r < res_of[slot + 1]; ++r)
-      total += __uint_as_float(tvms_gather_half(res_val + r) << 16) *
-               tvms_gather_x(x + (long long)token * K + tvms_gather_one(res_col + r));
-    tvms_gather_leave(y + (long long)token * N + row_of[slot], total);
+    for (int turn = 0; turn < TOGETHER; ++turn) {
+#pragma unroll 1
+      for (int piece = 2; piece < pieces[turn]; ++piece) totals[turn] += sums_of[begins[turn] + piece * 64];
+      const int i = (round + turn) * THREADS + threadIdx.x;
+      if (span < SPANS - 1 && i < RESULTS) tvms_gather_send(of_others + span * RESULTS + i, SPANS - 1, totals[turn]);
+    }
+    if (SPANS > 1) tvms_gather_arrive(), tvms_gather_meet();
+    if (span < SPANS - 1) continue;
+#pragma unroll
+    for (int turn = 0; turn < TOGETHER; ++turn) {
+      const int i = (round + turn) * THREADS + threadIdx.x;
+      if (targets[turn] < 0) continue;
+#pragma unroll
+      for (int other = 0; other < SPANS - 1; ++other)
+        totals[turn] += tvms_gather_received(of_others + other * RESULTS + i);
+      tvms_gather_leave(y + (long long)(i / 8 % TILE) * N + targets[turn], outside[turn] + totals[turn] * by);
+    }
   }
 }
 #endif

@@ -28,10 +28,11 @@ SOURCE = TENSOR_CORE + GATHER
 def space(spec: KernelSpec) -> tuple[Decision, ...]:
     """`tile` tokens a CTA multiplies at a time, `depth` chunks in flight a lane."""
     many = spec.m is None or spec.m > 8
-    most = tokens_at_once(cut_of((spec.n, spec.k), spec.choice)) if many else 8
+    cut = cut_of((spec.n, spec.k), spec.choice)
+    most = tokens_at_once(cut) if many else 8
     return (
         Decision("tile", (8, 16) if most == 16 else (8,), most),
-        Decision("depth", (2, 3, 4, 6), 3 if most == 16 else 4),
+        Decision("depth", (2, 3, 4, 6), 3 if most == 16 else 6 if cut.warps <= 16 else 4),
     )
 
 
@@ -52,7 +53,7 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
         words: T.Buffer((chunks, WARP, 8), "uint16"),
         warps: T.Buffer((cut.bins * cut.spans * cut.warps + 1, 2), "int32"),
         groups: T.Buffer((cut.bins, cut.spans, cut.groups + 1), "int32"),
-        rows: T.Buffer((2, ROWS * cut.bins * cut.groups), "int32"),
+        rows: T.Buffer((3, ROWS * cut.bins * cut.groups), "int32"),
         scale: T.Buffer((1,), "int32"),
         res_col: T.Buffer((nr,), "int32"),
         res_val: T.Buffer((nr,), "bfloat16"),
@@ -72,6 +73,7 @@ def build(spec: KernelSpec, decisions: Mapping[str, int]) -> tvm.tirx.PrimFunc:
                 T.address_of(groups[0, 0, 0]),
                 T.address_of(rows[0, 0]),
                 T.address_of(rows[1, 0]),
+                T.address_of(rows[2, 0]),
                 T.address_of(scale[0]),
                 T.address_of(res_col[0]),
                 T.address_of(res_val[0]),

@@ -105,8 +105,8 @@ class Gather:
         words      uint16 [chunks, 32, 8]      warp after warp, span after span, bin after bin, heads included
         warps      int32  [B P W + 1, 2]       a warp's first chunk, the number of its first piece in the CTA
         groups     int32  [B, P, groups + 1]   a group's first piece, and the end
-        rows       int32  [2, 8 B groups]      by bin, group and place: the original row, -1 for none; then where its
-                                               residual values end
+        rows       int32  [3, 8 B groups]      by bin, ascending: the original row, -1 for none, last; where its
+                                               residual values end; 8 x its group in the bin + its place there
         scale      int32  [1]                  base
         res_col    int32  [nr]                 residual, in the order of `rows`: ascending within a row
         res_val    bfloat16 [nr]               bf16 subnormals, and exponents outside the window
@@ -142,7 +142,7 @@ class Gather:
         chunks += cut.bins * cut.spans * cut.pieces
         residual = stats.nnz - best_code(stats.exponents, cut.gap_bits)[1]
         tables = 8 * (cut.bins * cut.spans * cut.warps + 1) + 4 * cut.bins * cut.spans * (cut.groups + 1)
-        return 512 * chunks + tables + 8 * ROWS * cut.bins * cut.groups + 4 + 6 * max(1, residual)
+        return 512 * chunks + tables + 12 * ROWS * cut.bins * cut.groups + 4 + 6 * max(1, residual)
 
     def buffers(self, shape: Shape, choice: FormatChoice) -> tuple[Buffer, ...]:
         cut = cut_of(shape, choice)
@@ -150,7 +150,7 @@ class Gather:
             Buffer("words", ("chunks", LANES, 8), "uint16"),
             Buffer("warps", (cut.bins * cut.spans * cut.warps + 1, 2), "int32"),
             Buffer("groups", (cut.bins, cut.spans, cut.groups + 1), "int32"),
-            Buffer("rows", (2, ROWS * cut.bins * cut.groups), "int32"),
+            Buffer("rows", (3, ROWS * cut.bins * cut.groups), "int32"),
             Buffer("scale", (1,), "int32"),
             Buffer("res_col", ("nr",), "int32"),
             Buffer("res_val", ("nr",), "bfloat16"),
@@ -182,12 +182,14 @@ class Gather:
             return _written(held, own, ends[b] - ends[a], cut, code)
 
         words = torch.cat(over_blocks(write, cut.bins, ROWS * cut.groups * k, device))
-        res_end, res_col, res_val = residual_of(bits, rows, code)
+        table, slots = torch.where(rows >= 0, rows, n).sort(1)
+        table = torch.where(table < n, table, -1)
+        res_end, res_col, res_val = residual_of(bits, table, code)
         buffers = {
             "words": words.view(torch.uint16),
             "warps": warps.to(device, torch.int32),
             "groups": groups.to(device, torch.int32),
-            "rows": torch.stack([rows.view(-1), res_end]).to(torch.int32),
+            "rows": torch.stack([table.view(-1), res_end, slots.view(-1)]).to(torch.int32),
             "scale": torch.tensor([code.base], dtype=torch.int32, device=device),
             "res_col": res_col,
             "res_val": res_val,
@@ -199,7 +201,8 @@ class Gather:
         cut = cut_of((n, k), packed.choice)
         code = Code(cut.gap_bits, int(parts["scale"]))
         words, rows = parts["words"].view(torch.int16), parts["rows"].long()
-        places = rows[0].view(cut.bins, cut.groups, ROWS)
+        slots = rows[2].view(cut.bins, -1)
+        places = torch.empty_like(slots).scatter_(1, slots, rows[0].view(cut.bins, -1)).view(-1, cut.groups, ROWS)
         warps, groups = parts["warps"].long(), parts["groups"].long().view(cut.bins, cut.spans, -1)
         out = words.new_zeros(n, cut.spans * cut.columns)
         of_bin = cut.spans * cut.warps
@@ -232,19 +235,21 @@ class Gather:
 
 def cuts_for(shape: Shape, machine: Machine) -> list[dict[str, int]]:
     """As few spans as let x of 8 tokens stand in an SM's shared memory; and a cut for 16 tokens where x of all columns
-    fits. With 4 classes rows are 4 to 8 % shorter, but x takes twice the stores: not for few rows.
+    fits. With 4 classes rows are 4 to 8 % shorter, but x takes twice the stores: not for few rows. 16 warps need fewer
+    heads than 24, which are faster where there is more to do than a group each.
     """
     made = []
-    for warps, tile, most_spans in ((24, 8, 8), (16, 16, 1)):
+    for tile, most_spans in ((8, 8), (16, 1)):
         for spans in (1, 2, 4, 8):
             bins = max(1, machine.cores // spans)
-            cuts = [Cut(*shape, 4, bins, warps, classes, spans) for classes in (4, 8)]
+            many = tile == 8 and Cut(*shape, 4, bins, 16, 8, spans).groups * spans > 16
+            cuts = [Cut(*shape, 4, bins, 24 if many else 16, classes, spans) for classes in (4, 8)]
             cuts = [cut for cut in cuts if cut.classes == 8 or cut.groups >= FEW]
-            fits = [cut.classes for cut in cuts if shared_bytes(cut, tile) <= SHARED and _countable(cut)]
+            fits = [cut for cut in cuts if shared_bytes(cut, tile) <= SHARED and _countable(cut)]
             if fits and spans <= most_spans:
-                made.append({"bins": bins, "warps": warps, "classes": fits[0], "spans": spans})
+                made.append({"bins": bins, "warps": fits[0].warps, "classes": fits[0].classes, "spans": spans})
                 break
-    return made
+    return [cut for i, cut in enumerate(made) if cut not in made[:i]]
 
 
 def _countable(cut: Cut) -> bool:
@@ -260,25 +265,27 @@ def tokens_at_once(cut: Cut) -> int:
 def shared_bytes(cut: Cut, tile: int = 8) -> int:
     """Shared memory of a CTA that multiplies `tile` tokens: x, the sums of its pieces, its tables."""
     numbers = ROWS * 8 * 4 * (tile // 8)  # bytes of a group's sums
-    tables = cut.groups + 1 + 2 * ROWS * cut.groups + 1
-    x = max(tile // 8 * cut.x_bytes, (cut.spans - 1) * cut.groups * numbers)
-    return x + cut.pieces * numbers + -(-tables // 4) * 16
+    tables = cut.groups + 1 + 3 * ROWS * cut.groups + 1
+    received = (cut.spans - 1) * cut.groups
+    return tile // 8 * cut.x_bytes + (cut.pieces + received) * numbers + -(-tables // 4) * 16
 
 
 def deal(steps: torch.Tensor, cut: Cut) -> tuple[torch.Tensor, torch.Tensor]:
     """int64 [N, P], steps of each row -> the row at each place, -1 for none, and the longest of each group.
 
-    int64 [bins, groups * 8] and [bins, P, groups]. Longest rows first, 8 a group; groups to the bins in turn and back
-    again.
+    int64 [bins, groups * 8] and [bins, P, groups]. Eight neighbours go to the same bin, so that a CTA's results fill
+    whole sectors of memory: longest eights first, to the bins in turn and back again. Of a bin the longest rows are
+    the first group.
     """
-    n, device = len(steps), steps.device
-    rows = torch.full((cut.groups * cut.bins * ROWS,), -1, dtype=torch.int64, device=device)
-    rows[:n] = steps.sum(1).sort(descending=True, stable=True).indices
-    rows = rows.view(cut.groups, cut.bins, ROWS)
-    rows[1::2] = rows[1::2].flip(1)
-    rows = rows.transpose(0, 1).contiguous()
-    longest = torch.where(rows[..., None] >= 0, steps[rows.clamp_min(0)], 0).amax(2)
-    return rows.view(cut.bins, -1), longest.transpose(1, 2)
+    n = len(steps)
+    length = pad(steps.sum(1), (0, ROWS * cut.groups * cut.bins - n), value=-1)
+    eights = length.view(-1, ROWS).sum(1).sort(descending=True, stable=True).indices.view(cut.groups, cut.bins)
+    eights[1::2] = eights[1::2].flip(1)
+    rows = (eights.T[..., None] * ROWS + torch.arange(ROWS, device=steps.device)).reshape(cut.bins, -1)
+    rows = rows.gather(1, length[rows].sort(dim=1, descending=True, stable=True).indices)
+    rows = torch.where(rows < n, rows, -1)
+    longest = torch.where(rows[..., None] >= 0, steps[rows.clamp_min(0)], 0)
+    return rows, longest.view(cut.bins, cut.groups, ROWS, -1).amax(2).transpose(1, 2)
 
 
 def _shared_out(longest: list[list[list[int]]], cut: Cut) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
