@@ -31,12 +31,15 @@ __device__ __forceinline__ void tvms_decode_gather(
   ushort* row = (ushort*)own;
   for (int i = lane; i < COLUMNS / 8; i += 32) own[i] = make_uint4(0, 0, 0, 0);
   __syncwarp();
+  // Neighbouring warps take rows of one group, whose words they share.
+  int* entry_of = (int*)((char*)memory + AT_ONCE * COLUMNS * 2);
+  for (int i = threadIdx.x; i < GROUPS * 8; i += AT_ONCE * 32) entry_of[row_slots[bin * GROUPS * 8 + i]] = i;
+  __syncthreads();
   const int* job = warps + 2 * (bin * SPANS + span) * WARPS;
   for (int i = warp; i < GROUPS * 8; i += AT_ONCE) {
-    const int at = bin * GROUPS * 8 + i, target = rows[at];
+    const int place = i % 8, at = bin * GROUPS * 8 + entry_of[i], target = rows[at];
     if (target < 0) continue;
-    const int place = row_slots[at] % 8;
-    const int* pieces = groups + (bin * SPANS + span) * (GROUPS + 1) + row_slots[at] / 8;
+    const int* pieces = groups + (bin * SPANS + span) * (GROUPS + 1) + i / 8;
     for (int piece = pieces[0]; piece < pieces[1]; ++piece) {
       int owner = 0;  // the last warp whose first piece is not behind this one
 #pragma unroll 8
@@ -93,7 +96,7 @@ def build(spec: KernelSpec) -> tvm.tirx.PrimFunc:
     ):
         block = T.launch_thread("blockIdx.x", cut.bins * cut.spans)
         T.launch_thread("threadIdx.x", at_once * WARP)
-        shared = T.alloc_buffer((at_once * cut.columns // 2,), "uint32", scope="shared.dyn")
+        shared = T.alloc_buffer((at_once * cut.columns // 2 + ROWS * cut.groups,), "uint32", scope="shared.dyn")
         T.evaluate(
             T.cuda.func_call(
                 f"tvms_decode_gather<{', '.join(map(str, numbers))}>",
