@@ -50,7 +50,7 @@ class Decoder:
 
 DECODERS = {
     "bitmap": Decoder("tvm_sparse.schedules.cuda.decode_bitmap", 1),
-    # At 75 % zeros its own kernel takes 4 to 10 us a token, decoding and a product 45 to 220 (docs/kernels.md).
+    # At 75 % zeros its own kernel takes 2.5 to 9 us a token, decoding and a product 43 to 221 (docs/kernels.md).
     "delta": Decoder("tvm_sparse.schedules.cuda.decode_delta", 20),
     "gather": Decoder("tvm_sparse.schedules.cuda.decode_gather", 32),
     # Its own kernel takes 11 to 56 us for every 16 tokens, decoding and a product 45 to 275.
