@@ -54,14 +54,14 @@ SPEEDS = {
     # [34816, 5120], 13.9, 27.3, 54 and 105 us at [5120, 17408] and 75 %. Our kernels of the other formats for one
     # token, at [34816, 5120] and [5120, 6144]: bitmap at 50 % 564 and 100 us, 2:4 246 and 55 us, 16x16 blocks at 50 %
     # 314 and 65 us, all slower than dense.
-    # Tiles: 13.0, 10.1 and 9.2 us at [5120, 6144], 29.3, 22.1 and 17.0 us at [5120, 17408] with 50, 75 and 90 % zeros
-    # and 8 tokens, 1 to 7 us more with 16.
+    # Tiles: 12.1, 9.5 and 8.5 us at [5120, 6144], 28.0, 21.7 and 16.3 us at [5120, 17408] with 50, 75 and 90 % zeros
+    # and 8 tokens, 1 to 8 us more with 16.
     ("dense", "cuda"): Speed(2.5e-6, 0.92),
-    # Gather, 8 tokens: 66.3, 37.1 and 19.4 us at [34816, 5120], 38.3, 23.8 and 14.1 us at [5120, 17408], 16.3, 10.4 and
-    # 6.8 us at [5120, 6144] with 50, 75 and 90 % zeros; 16 at once 121.7, 68.4 and 35.1 us at [34816, 5120].
-    ("gather", "cuda"): Speed(3.2e-6, 0.86, first=2.5, further=2.0, staging=0.1e-6),
+    # Gather, 8 tokens: 36.5 and 19.0 us at [34816, 5120], 22.6 and 13.3 us at [5120, 17408], 10.2 and 6.7 us at
+    # [5120, 6144] with 75 and 90 % zeros; 16 at once 67.5 and 33.6 us at [34816, 5120].
+    ("gather", "cuda"): Speed(3.2e-6, 0.86, first=2.5, further=2.1, staging=0.1e-6),
     ("delta", "cuda"): Speed(2.1e-6, 0.905, first=4.0, further=3.5, staging=1.1e-6, at_once=4),
-    ("tiles", "cuda"): Speed(3.9e-6, 0.86, first=6.4, further=0.3, each=2.7, at_once=16),
+    ("tiles", "cuda"): Speed(3.2e-6, 0.86, first=6.4, further=0.3, each=2.7, at_once=16),
     ("bitmap", "cuda"): Speed(3.5e-6, 0.075),
     ("2:4", "cuda"): Speed(3.5e-6, 0.17),
     ("block", "cuda"): Speed(3.5e-6, 0.12),
