@@ -32,7 +32,9 @@ __device__ __forceinline__ void tvms_decode_tiles(
   own.begin(words, counts, warps, memory);
   const unsigned base = (unsigned)*scale << 7;
   const int* places = rows + blockIdx.x * PLACES;
-  const int* own_rows = places + warp % SETS * TILES * 8 + lane / 4;  // read when written: registers are short
+  int row[TILES];
+#pragma unroll
+  for (int i = 0; i < TILES; ++i) row[i] = places[(warp % SETS * TILES + i) * 8 + lane / 4];
   const int begin = BLOCKS * part / PARTS, end = BLOCKS * (part + 1) / PARTS;
   int steps = 2 * begin;
   unsigned first[REGISTERS];
@@ -48,12 +50,10 @@ __device__ __forceinline__ void tvms_decode_tiles(
       return;
     }
 #pragma unroll
-    for (int i = 0; i < TILES; ++i) {
-      const int row = own_rows[8 * i];
-      if (row >= 0 && column < K)
-        *(uint4*)((ushort*)dense + (long long)row * K + column) =
+    for (int i = 0; i < TILES; ++i)
+      if (row[i] >= 0 && column < K)  // counted in 16 bytes, so that 32 bits are enough: registers are short
+        ((uint4*)dense)[(unsigned)row[i] * (K / 8) + column / 8] =
             make_uint4(first[2 * i], first[2 * i + 1], b[2 * i], b[2 * i + 1]);
-    }
   };
   own.walk([&](unsigned passed) {
     for (; passed; --passed) write();
