@@ -264,6 +264,9 @@ def place_code(gap_bits: int, unit: int, step: int) -> tuple[str, str]:
         put.append(f"    if ({there}) *(ushort*)(row + at + {count * step}) = (ushort)({'v >> 16' if high else 'v'});")
         count += 1
 
+    def body(lines: list[str]) -> str:
+        return "\n".join(f"    {line.strip()}" for line in lines)
+
     if words_of(unit) > SLOTS:
         passed += [*spread_code(gap_bits), f"  columns += spread >> {31 - gap_bits} & {field};"]
         put += [*spread_code(gap_bits), f"  m = spread & {field << 31 - gap_bits:#x}u;"]
@@ -288,12 +291,12 @@ struct {name} {{
   }}
   static __device__ __forceinline__ int passed(uint4 w) {{
     unsigned columns = WORDS;
-{chr(10).join("  " + line.strip().rjust(len(line.strip()) + 2) for line in passed)}
+{body(passed)}
     return (int)columns;
   }}
   // base: of both halves.
   static __device__ __forceinline__ void put(uint4 w, unsigned base, char* row, int& at) {{
-{chr(10).join("  " + line.strip().rjust(len(line.strip()) + 2) for line in put)}
+{body(put)}
     at += {count * step};
   }}
 }};

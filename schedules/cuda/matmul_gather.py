@@ -27,9 +27,8 @@ SOURCE = TENSOR_CORE + GATHER
 
 def space(spec: KernelSpec) -> tuple[Decision, ...]:
     """`tile` tokens a CTA multiplies at a time, `depth` chunks in flight a lane."""
-    many = spec.m is None or spec.m > 8
     cut = cut_of((spec.n, spec.k), spec.choice)
-    most = tokens_at_once(cut) if many else 8
+    most = tokens_at_once(cut, spec.m)
     return (
         Decision("tile", (8, 16) if most == 16 else (8,), most),
         Decision("depth", (2, 3, 4, 6), 3 if most == 16 else 6 if cut.warps <= 16 else 4),

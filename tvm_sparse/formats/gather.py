@@ -257,9 +257,10 @@ def _countable(cut: Cut) -> bool:
     return cut.columns // cut.classes < START
 
 
-def tokens_at_once(cut: Cut) -> int:
-    """16 where their x fits and a thread has registers for their sums."""
-    return 16 if cut.warps <= 16 and shared_bytes(cut, 16) <= SHARED else 8
+def tokens_at_once(cut: Cut, tokens: int | None = None) -> int:
+    """8; of more, or of any number (None), 16 where their x fits and a thread has registers for their sums."""
+    many = tokens is None or tokens > 8
+    return 16 if many and cut.warps <= 16 and shared_bytes(cut, 16) <= SHARED else 8
 
 
 def shared_bytes(cut: Cut, tile: int = 8) -> int:

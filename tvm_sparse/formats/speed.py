@@ -90,7 +90,7 @@ def seconds(stats: Stats, choice: FormatChoice, machine: Machine, tokens: int) -
     rate = max(machine.cores, 1) * _LANES * _CLOCK
     at_once, multiplied = speed.at_once, min(tokens, speed.at_once)
     if choice.name == "gather":  # 8 or 16, whether they are there or not
-        at_once = multiplied = tokens_at_once(cut_of(stats.shape, choice)) if tokens > 8 else 8
+        at_once = multiplied = tokens_at_once(cut_of(stats.shape, choice), tokens)
     elif choice.name == "delta" and machine.is_gpu and k > _ROOM:
         at_once, multiplied = 2, min(tokens, 2)
     issued = (words * (speed.first + speed.further * multiplied) + elements * speed.each) / rate
